@@ -1,0 +1,3 @@
+"""RLHF in one DeepSpeed program."""
+
+__version__ = "0.1.0"

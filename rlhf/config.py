@@ -1,0 +1,590 @@
+"""The configuration tree: strict, typed, checked before any model loads. Imports no torch.
+
+A recipe is a YAML file; `key.sub=value` overrides on the command line win over it. Unknown keys fail with the nearest name,
+values out of range with the key and the mend, DeepSpeed settings that contradict the recipe with both numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What users of TRL, OpenRLHF and transformers type, and what it is called here.
+FOREIGN_NAMES = {
+    "num_generations": "rollout.group_size",
+    "n_samples_per_prompt": "rollout.group_size",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_response_length": "rollout.max_new_tokens",
+    "generate_max_len": "rollout.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "prompt_max_len": "data.max_prompt_tokens",
+    "beta": "algorithm.kl.coef",
+    "kl_coef": "algorithm.kl.coef",
+    "init_kl_coef": "algorithm.kl.coef",
+    "epsilon": "algorithm.clip_eps_low",
+    "epsilon_low": "algorithm.clip_eps_low",
+    "epsilon_high": "algorithm.clip_eps_high",
+    "cliprange": "algorithm.clip_eps_low",
+    "cliprange_value": "algorithm.value_clip",
+    "vf_coef": "critic.learning_rate",
+    "num_iterations": "algorithm.epochs",
+    "num_ppo_epochs": "algorithm.epochs",
+    "ppo_epochs": "algorithm.epochs",
+    "num_mini_batches": "algorithm.minibatches",
+    "scale_rewards": "algorithm.group_scale",
+    "lam": "algorithm.gae_lambda",
+    "learning_rate": "actor.learning_rate",
+    "actor_learning_rate": "actor.learning_rate",
+    "critic_learning_rate": "critic.learning_rate",
+    "lr_scheduler_type": "actor.schedule",
+    "warmup_ratio": "actor.warmup_steps",
+    "warmup_steps": "actor.warmup_steps",
+    "weight_decay": "actor.weight_decay",
+    "max_grad_norm": "actor.max_grad_norm",
+    "gradient_clipping": "actor.max_grad_norm",
+    "per_device_train_batch_size": "train.micro_batch",
+    "micro_train_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch (accumulation follows from it)",
+    "train_batch_size": "train.batch",
+    "rollout_batch_size": "rollout.prompts",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "eval_steps": "validation.every",
+    "report_to": "tracking.wandb",
+    "run_name": "tracking.name",
+    "output_dir": "run_dir",
+    "save_path": "run_dir",
+    "model_name_or_path": "actor.path",
+    "pretrain": "actor.path",
+    "model": "actor.path",
+    "gradient_checkpointing": "actor.gradient_checkpointing",
+    "bf16": "actor.dtype",
+    "temperature": "rollout.temperature",
+    "use_peft": "actor.lora",
+    "lora_r": "actor.lora.r",
+    "lora_rank": "actor.lora.r",
+    "missing_eos_penalty": "reward.missing_eos_penalty",
+    "reward_funcs": "reward.components",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, frozen=True)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
+class LoraConfig(Section):
+    """LoRA through peft (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is B A alpha / r")
+    dropout: float = Field(0.0, ge=0, le=0, description="only 0: dropout makes the update's logprobs differ from the rollout's (trap 2)")
+    target_modules: str | list[str] = Field("all-linear", description="module names as peft understands them")
+
+
+class ModelConfig(Section):
+    """A model that is read from a folder of safetensors."""
+
+    path: Path | None = Field(None, description="folder in Hugging Face format (config.json, *.safetensors, tokenizer)")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on CPU")
+    attention: str = Field("sdpa", description="attn_implementation of transformers")
+    trust_remote_code: bool = Field(False, description="run code that the model folder ships")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON (path or mapping) for this role; default: the top-level one")
+
+
+class TrainedModelConfig(ModelConfig):
+    lora: LoraConfig | None = Field(None, description="train LoRA adapters instead of all weights")
+    learning_rate: float = Field(1e-6, ge=0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up, over the run's optimizer steps")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="floor of the schedule, as a share of the peak")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; never on biases, norms and other one-dimensional weights")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    max_grad_norm: float = Field(1.0, ge=0, description="global gradient norm clip; 0 = off")
+
+
+class CriticConfig(TrainedModelConfig):
+    init: Literal["actor", "reward", "path"] = Field("actor", description="where the body comes from: the actor's folder, the first reward model, or `path`")
+    head: Literal["zero", "keep"] = Field("zero", description="zero: values start at 0 (trap 15); keep: the head that the folder holds")
+    learning_rate: float = Field(1e-5, ge=0, description="peak learning rate")
+    dropout: float = Field(0.0, ge=0, le=0, description="only 0 (trap 2)")
+
+
+class SourceConfig(Section):
+    """Rows from a file (`path`) or from a task generator of the package reasoning-gym (`task`); exactly one of both."""
+
+    path: Path | None = Field(None, description="jsonl, json, parquet or csv file, or a folder written by datasets.save_to_disk")
+    task: str | None = Field(None, description="name of a reasoning-gym task")
+    task_config: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that task")
+    size: int | None = Field(None, ge=1, description="rows to take (files: the first `size`; tasks: how many to generate; tasks default to 1,000)")
+    seed: int = Field(0, ge=0, description="seed of the task generator")
+    name: str | None = Field(None, description="name in metrics; default: the file's stem or the task's name")
+    prompt_key: str = Field("prompt", description="column of the prompt: text or a list of {role, content}")
+    response_key: str = Field("response", description="column of the demonstration (sft); may be missing if the prompt is a whole conversation")
+    chosen_key: str = Field("chosen", description="column of the preferred response (reward_model)")
+    rejected_key: str = Field("rejected", description="column of the other response (reward_model)")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.task is None):
+            raise ValueError("give exactly one of `path` (a file) and `task` (a reasoning-gym generator)")
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.name or self.task or (self.path.stem if self.path else "")
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_listed)]
+
+
+class DataConfig(Section):
+    train: Sources = Field(min_length=1, description="sources of training rows")
+    chat: bool | None = Field(None, description="wrap plain-text prompts in the chat template; default: only conversational rows are")
+    system_prompt: str | None = Field(None, description="system message put before every conversation")
+    examples: list[dict[str, str]] = Field(default_factory=list, description="messages ({role, content}) put before every prompt: few-shot examples")
+    max_prompt_tokens: int = Field(512, ge=1, description="longer prompts are handled as `on_long_prompt` says")
+    max_tokens: int = Field(1024, ge=2, description="longest whole sequence (sft, reward_model); longer ones are dropped and counted")
+    on_long_prompt: Literal["drop", "truncate"] = Field("drop", description="truncate keeps the end of the prompt")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row stops the run before a model loads, or is skipped and counted")
+    shuffle: bool = Field(True, description="new order every epoch, decided by the seed")
+
+
+class RolloutConfig(Section):
+    prompts: int = Field(64, ge=1, description="prompts per step, over all ranks")
+    group_size: int = Field(1, ge=1, description="samples per prompt")
+    max_new_tokens: int = Field(256, ge=1, description="response window R")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; the update scores at the same one (trap 16)")
+    top_k: int = Field(0, ge=0, description="training must sample from the full distribution: anything but 0 is refused (trap 18)")
+    top_p: float = Field(1.0, gt=0, le=1, description="anything but 1 is refused in training (trap 18)")
+    eos_token_ids: list[int] = Field(default_factory=list, description="further end tokens, besides those of tokenizer and generation_config")
+    max_batch: int = Field(128, ge=1, description="most sequences decoded together on a rank")
+
+    @model_validator(mode="after")
+    def _full_distribution(self) -> RolloutConfig:
+        if self.top_k != 0 or self.top_p != 1.0:
+            raise ValueError("top_k and top_p make the update score a distribution that was not sampled from (trap 18): remove them; they belong in validation")
+        return self
+
+
+class RewardComponentConfig(Section):
+    """One reward: a function (`function`: registered name or `package.module:name`) or a reward model (`model`)."""
+
+    function: str | None = Field(None, description="registered name, or import path `package.module:function`")
+    model: ModelConfig | None = Field(None, description="reward model folder, as the task reward_model writes it")
+    name: str | None = Field(None, description="name in metrics")
+    weight: float = Field(1.0, description="factor in the sum; 0 = measured only")
+    clip: float | None = Field(None, gt=0, description="clamp of this component to [-clip, clip], before the weight")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="further keyword arguments of the function")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> RewardComponentConfig:
+        if (self.function is None) == (self.model is None):
+            raise ValueError("give exactly one of `function` and `model`")
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.name or (self.function.rsplit(":", 1)[-1] if self.function else "reward_model")
+
+
+class RewardConfig(Section):
+    components: Annotated[list[RewardComponentConfig], BeforeValidator(_listed)] = Field(default_factory=list, description="weighted sum of these")
+    clip: float | None = Field(None, gt=0, description="clamp of the sum to [-clip, clip]")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a response that never ends")
+
+
+class KLConfig(Section):
+    """Where the KL to the reference goes, and as which estimator (Schulman 2020, http://joschu.net/blog/kl-approx.html; trap 19)."""
+
+    coef: float = Field(0.0, ge=0, description="kl_coef; 0 = no reference model is loaded")
+    place: Literal["reward", "loss"] = Field("reward", description="k1 in the reward, or k2 / k3 in the loss")
+    estimator: Literal["k1", "k2", "k3", "k3_corrected"] = Field("k1", description="k3_corrected carries the importance ratio; plain k3 is for parity with others")
+    controller: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: Ziegler et al. 2019, arXiv:1909.08593, eq. 2")
+    target: float = Field(6.0, gt=0, description="adaptive: KL per response (nats) to steer to")
+    horizon: int = Field(10_000, ge=1, description="adaptive: responses over which the coefficient can change by a factor e")
+
+    @model_validator(mode="after")
+    def _legal(self) -> KLConfig:
+        legal = {"reward": ("k1",), "loss": ("k2", "k3", "k3_corrected")}
+        if self.estimator not in legal[self.place]:
+            raise ValueError(
+                f"estimator {self.estimator} in the {self.place} has not the gradient of the reverse KL (trap 19): "
+                f"use {' or '.join(legal[self.place])} there, or put k1 in the reward"
+            )
+        return self
+
+
+class AlgorithmConfig(Section):
+    name: Literal["ppo", "grpo"] = Field("ppo", description="preset of the entries below: ppo = gae + clip, grpo = group + clip")
+    advantage: Literal["gae", "group"] = Field("gae", description="entry of ops.advantages.ADVANTAGES")
+    policy_loss: Literal["clip"] = Field("clip", description="entry of ops.losses.POLICY_LOSSES")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount per token")
+    gae_lambda: float = Field(1.0, ge=0, le=1, description="GAE lambda")
+    whiten_advantages: bool = Field(False, description="advantages to mean 0, variance 1 over all response tokens of the rollout batch; ppo: on")
+    group_scale: Literal["std", "none"] = Field("std", description="group: divide by the group's standard deviation, or not (Dr. GRPO)")
+    clip_eps_low: float = Field(0.2, gt=0, lt=1, description="ratio clip below 1")
+    clip_eps_high: float = Field(0.2, gt=0, description="ratio clip above 1")
+    value_clip: float | None = Field(0.2, gt=0, description="value clip around the rollout's values; null = off")
+    entropy_coef: float = Field(0.0, ge=0, description="entropy bonus")
+    loss_mean: Literal["tokens", "sequences", "constant"] = Field("tokens", description="what the policy loss is a mean over; constant: rows x max_new_tokens")
+    kl: KLConfig = Field(default_factory=KLConfig)
+    epochs: int = Field(1, ge=1, description="passes over each rollout batch")
+    minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
+    truncation: Literal["terminal", "bootstrap", "mask"] = Field("terminal", description="what a response without EOS means (trap 13)")
+    critic_warmup_steps: int = Field(0, ge=0, description="first steps in which only the critic learns")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        presets: dict[str, dict[str, Any]] = {
+            "ppo": {"advantage": "gae", "whiten_advantages": True, "gae_lambda": 0.95},
+            "grpo": {"advantage": "group", "whiten_advantages": False},
+        }
+        return {**presets.get(data.get("name", "ppo"), {}), **data} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AlgorithmConfig:
+        if not self.needs_critic:
+            if self.critic_warmup_steps:
+                raise ValueError(f"critic_warmup_steps={self.critic_warmup_steps}: advantage `{self.advantage}` has no critic; remove it")
+            if self.truncation == "bootstrap":
+                raise ValueError(f"truncation=bootstrap needs values: advantage `{self.advantage}` has no critic; use terminal or mask")
+        return self
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.advantage == "gae"
+
+
+class TrainConfig(Section):
+    """Batch arithmetic. rl: `steps` rollouts, `micro_batch` rows per forward. sft, reward_model: `batch` rows per optimizer step."""
+
+    steps: int | None = Field(None, ge=1, description="rl: rollout steps; sft, reward_model: optimizer steps (instead of epochs)")
+    epochs: int = Field(1, ge=1, description="sft, reward_model: passes over the data, where `steps` is not given")
+    batch: int = Field(64, ge=1, description="sft, reward_model: rows (pairs) per optimizer step over all ranks")
+    micro_batch: int = Field(8, ge=1, description="rows per forward on a rank (pairs for reward_model)")
+
+
+class ValidationConfig(Section):
+    data: Annotated[list[SourceConfig], BeforeValidator(_listed)] = Field(default_factory=list, description="held-out sources; none = no validation")
+    every: int = Field(10, ge=1, description="steps between validations")
+    before_training: bool = Field(True, description="validate at step 0 too")
+    verifier: str | None = Field(None, description="reward function whose score >= 1 counts as correct (pass@1); needed for rl")
+    temperature: float = Field(0.0, ge=0, description="0 = greedy")
+    top_k: int = Field(0, ge=0, description="0 = off")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
+    max_new_tokens: int | None = Field(None, ge=1, description="default: rollout.max_new_tokens")
+    samples: int = Field(32, ge=0, description="samples written to samples/ at each validation; training rollouts: as many")
+    best_metric: str | None = Field(None, description="metric whose best checkpoint is kept; default: the mean accuracy (rl, reward_model), the loss (sft)")
+    best_mode: Literal["max", "min"] | None = Field(None, description="direction of best_metric")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end")
+    keep_last: int = Field(2, ge=1, description="older ones are deleted after a new one is complete; the best is kept besides")
+    save_hf: bool = Field(True, description="write an HF folder (or PEFT adapter) into every checkpoint")
+    last: bool = Field(True, description="write a checkpoint at the end")
+
+
+class TrackingConfig(Section):
+    wandb: Literal["off", "online", "offline"] = Field("off", description="metrics.jsonl is written in any case")
+    project: str = Field("rlhf", description="wandb project")
+    name: str | None = Field(None, description="wandb run name; default: the run folder's name")
+    console: Literal["auto", "live", "plain"] = Field("auto", description="auto: live view on a terminal, plain lines in a log")
+    timeout: float = Field(60.0, gt=0, description="seconds that the tracker may take at start and at the end before it is left behind")
+
+
+class Config(Section):
+    """A whole run."""
+
+    task: Literal["sft", "reward_model", "rl"] = Field(description="what to train")
+    run_dir: Path = Field(description="run folder: checkpoints, metrics, samples")
+    seed: int = Field(0, ge=0, description="decides the order of all data and the noise of every sample")
+    deterministic: bool | None = Field(None, description="bitwise reproducible weights; default: on CPU yes, on GPU no")
+    threads: int | None = Field(None, ge=1, description="CPU threads per rank; default: cores / ranks on this node")
+    deepspeed: str | dict[str, Any] = Field("ds_configs/zero3.json", description="DeepSpeed JSON (path or mapping) for every role without its own")
+    actor: TrainedModelConfig = Field(default_factory=TrainedModelConfig, description="the policy; also what sft trains")
+    critic: CriticConfig = Field(default_factory=CriticConfig, description="the value model (ppo)")
+    reference: ModelConfig = Field(default_factory=ModelConfig, description="frozen; default path: the actor's. With LoRA it is the actor, adapters off")
+    reward_model: TrainedModelConfig = Field(default_factory=TrainedModelConfig, description="what the task reward_model trains")
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                raise ValueError(message)
+
+        need(self.train_path is not None, f"{'reward_model' if self.task == 'reward_model' else 'actor'}.path: which model should be trained? Give its folder")
+        if self.task == "rl":
+            need(self.train.steps is not None, "train.steps: give the number of rollout steps")
+            need(bool(self.reward.components), "reward.components: give at least one function or model")
+            need(any(c.weight for c in self.reward.components), "reward.components: every weight is 0, nothing would be learnt")
+            rows = self.rollout.prompts * self.rollout.group_size
+            need(
+                rows % self.algorithm.minibatches == 0,
+                f"algorithm.minibatches={self.algorithm.minibatches} does not divide rollout.prompts x rollout.group_size = {rows}",
+            )
+            if self.algorithm.advantage == "group":
+                need(self.rollout.group_size > 1, "rollout.group_size=1: group advantages of single samples are all 0; use at least 2")
+            if self.algorithm.needs_critic:
+                if self.critic.init == "path":
+                    need(self.critic.path is not None, "critic.path: critic.init=path needs it")
+                if self.critic.init == "reward":
+                    need(any(c.model for c in self.reward.components), "critic.init=reward: no reward model among reward.components")
+                need(
+                    not (self.critic.head == "keep" and self.critic.init == "actor"),
+                    "critic.head=keep: the actor's folder holds no scalar head; use critic.init=reward or path",
+                )
+            need(
+                not (self.validation.data and self.validation.verifier is None),
+                "validation.verifier: which reward function decides whether an answer is right?",
+            )
+        return self
+
+    @property
+    def train_path(self) -> Path | None:
+        return self.reward_model.path if self.task == "reward_model" else self.actor.path
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.task == "rl" and self.algorithm.kl.coef > 0
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Recipe file + `key.sub=value` overrides -> checked `Config`. Raises ValueError that names file, line, key and mend."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror or error}; recipes are in scripts/recipes/") from None
+    try:
+        tree = yaml.safe_load(text)
+        lines = _line_numbers(yaml.compose(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections, e.g. `task: rl`")
+    for override in overrides or []:
+        _apply_override(tree, override)
+        lines[override.split("=", 1)[0]] = -1
+    return parse_config(tree, str(path), lines)
+
+
+def parse_config(tree: dict[str, Any], origin: str = "config", lines: dict[str, int] | None = None) -> Config:
+    """Mapping -> checked `Config`; `lines` maps dotted keys to line numbers (-1 = command line) for the messages."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(e, origin, lines or {}) for e in error.errors())) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r}: write key.sub=value, e.g. actor.learning_rate=1e-6")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, key)]
+            continue
+        if not isinstance(node.get(part), dict | list):
+            node[part] = {}
+        node = node[part]
+    parsed = yaml.safe_load(value) if value else None
+    if isinstance(node, list):
+        node[_index(node, last, key)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ValueError(f"override {key}: {part!r} is not an index below {len(node)}")
+    return int(part)
+
+
+def _line_numbers(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    lines: dict[str, int] = {}
+    pairs: list[tuple[str, yaml.Node, int]] = []
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(str(k.value), v, k.start_mark.line + 1) for k, v in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(str(i), v, v.start_mark.line + 1) for i, v in enumerate(node.value)]
+    for name, child, line in pairs:
+        lines[prefix + name] = line
+        lines.update(_line_numbers(child, f"{prefix}{name}."))
+    return lines
+
+
+def _explain(error: Any, origin: str, lines: dict[str, int]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    where = origin
+    for depth in range(len(location), 0, -1):
+        line = lines.get(".".join(location[:depth]))
+        if line:
+            where = "command line" if line < 0 else f"{origin}:{line}"
+            break
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key `{key}`{_nearest(location)}"
+    if error["type"] == "missing":
+        return f"{where}: `{key}` is missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict | BaseModel) or not key else f" (given: {error['input']!r})"
+    return f"{where}: {f'`{key}`: ' if key else ''}{message}{given}"
+
+
+def _nearest(location: list[str]) -> str:
+    name = location[-1]
+    if name in FOREIGN_NAMES:
+        return f"; here it is called `{FOREIGN_NAMES[name]}`"
+    known = sorted(flat_keys(Config))
+    here = [k for k in known if k.rsplit(".", 1)[0] == ".".join(location[:-1])] if len(location) > 1 else [k for k in known if "." not in k]
+    close = difflib.get_close_matches(".".join(location), here, 1, 0.6) or [k for k in known if k.rsplit(".", 1)[-1] == name][:1]
+    close = close or difflib.get_close_matches(".".join(location), known, 1, 0.5)
+    return f"; did you mean `{close[0]}`?" if close else "; docs/configuration.md lists all keys"
+
+
+def flat_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of the tree, sections included."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for section in _sections_of(field.annotation):
+            keys.extend(flat_keys(section, f"{prefix}{name}."))
+    return keys
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [s for argument in getattr(annotation, "__args__", ()) for s in _sections_of(argument)]
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# DeepSpeed JSON
+
+# The trainer owns these: "auto" (or absent) takes the recipe's value, another number is refused.
+_REFUSED = {
+    "fp16": "fp16 loss scaling is not supported: use bf16 or fp32 (actor.dtype)",
+    "scheduler": "schedules are set in the recipe: actor.schedule, actor.warmup_steps",
+    "zero_force_ds_cpu_optimizer": "remove it",
+    "pipeline": "pipeline parallelism is not supported",
+    "compression_training": "not supported",
+}
+
+
+def read_deepspeed(source: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A DeepSpeed JSON as (mapping, where it came from). Relative paths are tried from here and from the repository."""
+    if isinstance(source, dict):
+        return copy.deepcopy(source), "recipe"
+    for candidate in (Path(source), ROOT / source):
+        if candidate.is_file():
+            try:
+                tree = json.loads(candidate.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{candidate}:{error.lineno}: not valid JSON: {error.msg}") from None
+            if not isinstance(tree, dict):
+                raise ValueError(f"{candidate}: a DeepSpeed config is a JSON object")
+            return tree, str(candidate)
+    raise ValueError(f"deepspeed={source}: no such file; ds_configs/ has zero1.json, zero2.json and zero3.json")
+
+
+def resolve_deepspeed(
+    source: str | dict[str, Any], *, dtype: str, trained: bool, micro_batch: int, world_size: int, max_grad_norm: float = 0.0, on_gpu: bool
+) -> dict[str, Any]:
+    """DeepSpeed settings of one role: `"auto"` resolved, what the recipe owns filled in, contradictions refused.
+
+    dtype is "float32" or "bfloat16". A frozen model runs at stage 3 or 0 (DeepSpeed has no other stage without an optimizer).
+    """
+    tree, origin = read_deepspeed(source)
+    tree.pop("hybrid_engine", None)  # the user's words for our rollout engine, never DeepSpeed's own
+    for key, mend in _REFUSED.items():
+        block = tree.pop(key, None)
+        if block not in (None, "auto", {}, False) and not (isinstance(block, dict) and block.get("enabled") in (False, "auto")):
+            raise ValueError(f"{origin}: `{key}`: {mend}")
+
+    def own(key: str, value: Any, ours: str) -> None:
+        given = tree.get(key, "auto")
+        if given != "auto" and given != value:
+            raise ValueError(f'{origin}: `{key}` is {given!r} but {ours} is {value!r}; write "auto" there, or change one of them')
+        tree[key] = value
+
+    # The program decides when a window of backward passes ends, so DeepSpeed's own accumulation count is always 1 (FACTS: deepspeed#8184).
+    own("train_micro_batch_size_per_gpu", micro_batch, "train.micro_batch")
+    own("gradient_accumulation_steps", 1, "the accumulation that DeepSpeed may see (windows end where the trainer steps)")
+    own("train_batch_size", micro_batch * world_size, "train.micro_batch x ranks")
+    own("managed_gradient_accumulation", False, "who ends an accumulation window (the trainer)")
+    own("gradient_clipping", max_grad_norm, "max_grad_norm")
+    bf16 = tree.get("bf16", {})
+    if not isinstance(bf16, dict):
+        raise ValueError(f'{origin}: `bf16` must be an object such as {{"enabled": "auto"}}')
+    enabled = bf16.get("enabled", "auto")
+    if enabled != "auto" and bool(enabled) != (dtype == "bfloat16"):
+        raise ValueError(f'{origin}: `bf16.enabled` is {enabled} but the model dtype is {dtype}; write "auto" there, or set the role\'s dtype')
+    tree["bf16"] = {**bf16, "enabled": dtype == "bfloat16"}
+    accumulate = tree.setdefault("data_types", {}).get("grad_accum_dtype", "auto")
+    if accumulate not in ("auto", "fp32"):
+        raise ValueError(f"{origin}: `data_types.grad_accum_dtype` is {accumulate!r}: gradients are accumulated in fp32 (trap 32); write \"auto\"")
+    tree["data_types"]["grad_accum_dtype"] = "fp32"
+    zero = tree.setdefault("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"{origin}: `zero_optimization.stage` is {stage!r}; 0, 1, 2 or 3")
+    overlap = zero.get("overlap_comm", "auto")
+    if overlap == "auto":
+        overlap = stage >= 2 and on_gpu
+    if overlap and stage < 2:
+        raise ValueError(f'{origin}: `zero_optimization.overlap_comm` needs stage 2 or 3, the stage is {stage}; write "auto"')
+    zero["overlap_comm"] = overlap
+    if not trained:
+        tree.pop("optimizer", None)
+        for key in ("offload_optimizer",):
+            zero.pop(key, None)
+        if stage in (1, 2):
+            zero["stage"] = 0
+    _resolve_auto(tree, origin)
+    return tree
+
+
+def _resolve_auto(tree: dict[str, Any], origin: str, prefix: str = "") -> None:
+    """An "auto" that nobody owns means DeepSpeed's default: the key is dropped."""
+    for key in list(tree):
+        if tree[key] == "auto":
+            del tree[key]
+        elif isinstance(tree[key], dict):
+            _resolve_auto(tree[key], origin, f"{prefix}{key}.")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)

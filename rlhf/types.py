@@ -1,0 +1,129 @@
+"""What travels between the parts: plain dataclasses of tensors and lists.
+
+Shapes: B rows (one sampled response each), T tokens of a padded row, R response window, V vocabulary.
+Column j of every [B, R] tensor belongs to the j-th response token, which stands at `input_ids[b, prompt_lengths[b] + j]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A checked and tokenised prompt row."""
+
+    input_ids: list[int]
+    text: str  # what a person reads: the plain prompt, or the conversation's last user turn
+    source: str  # name of the data source, for per-source metrics
+    columns: dict[str, Any] = field(default_factory=dict)  # everything else of the row; reaches reward functions
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A checked and tokenised training sequence (sft), or one side of a preference pair."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]  # True where a token is trained on (assistant turns, their end included)
+    source: str
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    chosen: Sequence
+    rejected: Sequence
+    source: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. temperature 0 = greedy. `stream` keeps training and validation noise apart (trap 34)."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stream: int = 0  # 0 = training, 1 = validation
+
+
+@dataclass
+class Rollout:
+    """Sampled responses, on the host, rows ordered by (draw, sample)."""
+
+    prompts: list[Prompt]  # one per row
+    draw: Tensor  # [B] int64: global index of the prompt draw
+    sample: Tensor  # [B] int64: index within the group
+    input_ids: Tensor  # [B, T] int64: prompt, response, right padding
+    prompt_lengths: Tensor  # [B] int64
+    response_lengths: Tensor  # [B] int64; the EOS counts
+    finished: Tensor  # [B] bool: ended by an EOS (else by the window)
+    rollout_logprobs: Tensor  # [B, R] float32, as sampled; 0 beyond the response
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] bool, True on response tokens, the ending EOS included."""
+        window = torch.arange(self.rollout_logprobs.shape[1])
+        return window[None, :] < self.response_lengths[:, None]
+
+    def response_ids(self, row: int) -> list[int]:
+        start = int(self.prompt_lengths[row])
+        ids: list[int] = self.input_ids[row, start : start + int(self.response_lengths[row])].tolist()
+        return ids
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass
+class Scores:
+    """What the rewards say of each row. A row that no scorer could judge is invalid: it is kept, trains nothing and is counted."""
+
+    total: Tensor  # [B] float32; 0 where invalid
+    valid: Tensor  # [B] bool
+    components: dict[str, Tensor]  # name -> [B] float32, NaN where that component failed
+    failures: dict[str, int]  # name -> number of failed samples in this batch
+
+
+@dataclass
+class Experience:
+    """A rollout with everything the update needs, on the host, the same on every rank (28 bytes a token; any rank may train any row)."""
+
+    rollout: Rollout
+    scores: Scores
+    mask: Tensor  # [B, R] bool: tokens that train
+    old_logprobs: Tensor  # [B, R] float32, of the policy before the update
+    ref_logprobs: Tensor | None  # [B, R] float32
+    values: Tensor | None  # [B, R + 1] float32: values[:, j] precedes token j; the one after the last token is the bootstrap
+    rewards: Tensor  # [B, R] float32 per token, KL penalty included
+    advantages: Tensor  # [B, R] float32
+    returns: Tensor | None  # [B, R] float32
+
+
+@dataclass
+class MicroBatch:
+    """One forward: rows of an experience on the device, cut to the longest row. A row with an all-False mask has weight zero."""
+
+    input_ids: Tensor  # [b, t] int64
+    prompt_lengths: Tensor  # [b] int64
+    response_lengths: Tensor  # [b] int64
+    mask: Tensor  # [b, r] bool
+    columns: dict[str, Tensor]  # [b, r] tensors by name: old_logprobs, advantages, ...
+
+    def to(self, device: torch.device) -> MicroBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+        moved["columns"] = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
+        return MicroBatch(**moved)
+
+
+@dataclass
+class LossOutput:
+    """A loss as a sum over this micro-batch; what it is a mean over is counted globally, over the whole optimizer step."""
+
+    loss_sum: Tensor  # scalar with grad
+    metrics: dict[str, Tensor]  # name -> scalar sum over this micro-batch; divided by the global token count when reported
