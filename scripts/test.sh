@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# All checks, quick ones first. --full (and CI) adds the slow tests. Tests on a GPU: .venv/bin/pytest -m gpu
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+marks="not gpu and not slow"
+[ -z "${CI:-}" ] || marks="not gpu"
+for argument in "$@"; do
+    case "$argument" in
+        --full) marks="not gpu" ;;
+        *) echo "usage: scripts/test.sh [--full]" >&2; exit 2 ;;
+    esac
+done
+
+scripts/setup.sh --dev
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff check .
+ruff format --check .
+mypy
+
+suites=(tests/test_*.py)
+for folder in tests/distributed tests/e2e; do
+    [ ! -d "$folder" ] || suites+=("$folder")
+done
+pytest -m "$marks" "${suites[@]}"
