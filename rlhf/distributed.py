@@ -1,0 +1,183 @@
+"""Ranks, collectives and the waiting between phases: the one place that calls torch.distributed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+STALL_SECONDS = 1800.0  # a rank that shows no progress for so long in a phase ends the job
+
+
+@dataclass
+class World:
+    """This process among all. Every method marked (collective) must be called by all ranks in the same order."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    store: dist.Store | None = None
+    _meetings: int = field(default=0, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """(collective)"""
+        if self.size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def global_sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over all ranks, in float64; the keys must agree. (collective)"""
+        if self.size == 1 or not values:
+            return dict(values)
+        names = sorted(values)
+        tensor = torch.tensor([values[n] for n in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return dict(zip(names, tensor.tolist(), strict=True))
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in the tensor's dtype. (collective)"""
+        if self.size == 1:
+            return tensor
+        moved = tensor.to(self.device)
+        dist.all_reduce(moved)
+        return moved.to(tensor.device)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank; for small things. (collective)"""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's value on every rank. (collective)"""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def gather_rows(self, rows: Tensor, pad: float = 0) -> Tensor:
+        """Rows of all ranks under each other: [n, w] with any n and w per rank -> [sum n, max w] on the host. (collective)"""
+        rows = rows.cpu()
+        if self.size == 1:
+            return rows
+        shape = torch.zeros(self.size, 2, dtype=torch.int64, device=self.device)
+        shape[self.rank] = torch.tensor([rows.shape[0], rows.shape[1]])
+        dist.all_reduce(shape)
+        counts, width = shape[:, 0].tolist(), int(shape[:, 1].max())
+        sent = torch.full((max(counts), width), pad, dtype=rows.dtype, device=self.device)
+        sent[: rows.shape[0], : rows.shape[1]] = rows.to(self.device)
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent)
+        return torch.cat([part[:n].cpu() for part, n in zip(received, counts, strict=True)])
+
+    def beat(self) -> None:
+        """Publish that this rank is making progress (no collective: a key in the store)."""
+        if self.store is not None:
+            self.store.set(f"beat/{self.rank}", repr(time.time()))
+
+    def wait_for_all(self, phase: str, poll: float = 0.002) -> None:
+        """Wait until every rank has arrived here, on the store: no collective, so no collective's timeout, however uneven the ranks are.
+
+        Raises RuntimeError that names the ranks and the phase when a missing rank has not called `beat` for STALL_SECONDS.
+        """
+        if self.store is None:
+            return
+        self._meetings += 1
+        keys = [f"{phase}/{self._meetings}/{r}" for r in range(self.size)]
+        self.store.set(keys[self.rank], "here")
+        seen: dict[int, tuple[bytes, float]] = {}
+        missing = list(range(self.size))
+        while missing:
+            missing = [r for r in missing if not self.store.check([keys[r]])]
+            now = time.monotonic()
+            for r in missing:
+                beat = self.store.get(f"beat/{r}") if self.store.check([f"beat/{r}"]) else b""
+                if r not in seen or seen[r][0] != beat:
+                    seen[r] = (beat, now)
+                elif now - seen[r][1] > STALL_SECONDS:
+                    raise RuntimeError(f"rank {r} made no progress in phase {phase!r} for {STALL_SECONDS:.0f} s; see its log for the cause")
+            if missing:
+                time.sleep(poll)
+                poll = min(poll * 1.5, 0.1)
+
+    def agree(self, ok: bool, message: Callable[[], str]) -> None:
+        """All ranks go on, or all raise: for what only one rank can find wrong. (collective)"""
+        problems = [p for p in self.gather_objects(None if ok else f"rank {self.rank}: {message()}") if p]
+        if problems:
+            raise RuntimeError("; ".join(problems))
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launch_environment() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, ranks on this node) from deepspeed, torchrun, accelerate or srun; (0, 1, 0, 1) if none started us."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        if "MASTER_ADDR" not in env:
+            raise ValueError("started by srun: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) first")
+    rank, size, local = (int(env.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    return rank, size, local, int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1" if size == 1 else "0"))) or size
+
+
+def init_world(threads: int | None = None, init_method: str | None = None) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPU) that the launcher's environment describes."""
+    rank, size, local_rank, local_size = launch_environment()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # before the group exists, or NCCL refuses the first collective
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A fixed thread count: the number of threads decides the order of sums, hence bits.
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
+        if size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+    world = World(rank, size, local_rank, local_size, device)
+    if size > 1:
+        world.store = _own_store(world)
+    return world
+
+
+def _own_store(world: World) -> dist.Store:
+    """A store of our own beside the group's (whose handle is not public): rank 0 serves it on a free port."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    timeout = datetime.timedelta(minutes=5)
+    port = 0
+    server: dist.Store | None = None
+    if world.is_main:
+        tcp = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        server, port = tcp, tcp.port
+    port = world.broadcast_object(port)
+    return server or dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def device_names() -> Sequence[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

@@ -1,0 +1,301 @@
+"""The one file that knows DeepSpeed: loading under ZeRO, training engines, frozen engines, whole weights out of shards.
+
+What is settled here, so that nobody else has to know (each was wrong silently somewhere; docs/architecture.md):
+- a loss arrives as a sum with its global count; DeepSpeed's mean over ranks is undone, its own accumulation count is always 1;
+- windows of backward passes end where `step` is called ("managed_gradient_accumulation": false);
+- under ZeRO-3 a parameter that a window's first backward does not touch would be stepped with an old gradient: refused (trap 31);
+- one engine per trained model, and random generators are seeded again after every initialize.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled against the CUDA toolkit here
+
+import accelerate
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from rlhf.config import TrainedModelConfig
+from rlhf.distributed import World
+from rlhf.models.loading import Placement, weighted_bits
+from rlhf.models.lora import WeightSource
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    return int(settings["zero_optimization"].get("stage", 0))
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Per-rank generators; sampling does not use them (rollout/sampler.py), module initialisation does."""
+    torch.manual_seed(seed * 1_000_003 + rank)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def _tie(module: nn.Module) -> None:
+    for part in module.modules():
+        if hasattr(part, "tie_weights"):
+            part.tie_weights()
+            return
+
+
+class WholePlacement:
+    """Every rank holds the whole model (ZeRO 0-2)."""
+
+    partitioned = False
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def construct(self, build: Callable[[], nn.Module]) -> nn.Module:
+        with accelerate.init_empty_weights(include_buffers=False):
+            module = build()
+        _tie(module)  # init_empty_weights makes a parameter of its own for every name
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                setattr(owner, name, buffer.to(self.world.device))
+        seen: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                if id(parameter) not in seen:
+                    seen[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=self.world.device), parameter.requires_grad)
+                setattr(owner, name, seen[id(parameter)])
+        return module
+
+    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(whole)
+
+    def checksum(self, parameter: nn.Parameter) -> int:
+        return weighted_bits(parameter)
+
+
+class PartitionedPlacement:
+    """Every rank holds its slice of every parameter (ZeRO-3)."""
+
+    partitioned = True
+
+    def __init__(self, world: World, settings: dict[str, Any]) -> None:
+        self.world, self.settings = world, settings
+
+    def construct(self, build: Callable[[], nn.Module]) -> nn.Module:
+        with deepspeed.zero.Init(config_dict_or_path=self.settings), no_init_weights():
+            module = build()
+        _tie(module)
+        # zero.Init casts every float tensor made inside it, buffers such as the RoPE frequencies included: take those of a twin without weights.
+        with accelerate.init_empty_weights(include_buffers=False):
+            twin = build()
+        twins = dict(twin.named_modules())
+        for path, owner in module.named_modules():
+            for name, _ in list(owner.named_buffers(recurse=False)):
+                setattr(owner, name, getattr(twins[path], name).to(self.world.device))
+        return module
+
+    def _slice(self, parameter: Any) -> tuple[int, int]:
+        size = parameter.ds_tensor.ds_numel
+        start = size * self.world.rank
+        return start, max(0, min(size, parameter.ds_numel - start))
+
+    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        start, count = self._slice(parameter)
+        with torch.no_grad():
+            parameter.ds_tensor.zero_()  # type: ignore[attr-defined]
+            if count:
+                parameter.ds_tensor.narrow(0, 0, count).copy_(whole.reshape(-1).narrow(0, start, count))  # type: ignore[attr-defined]
+
+    def checksum(self, parameter: nn.Parameter) -> int:
+        start, count = self._slice(parameter)
+        return weighted_bits(parameter.ds_tensor.narrow(0, 0, count), start) if count else 0  # type: ignore[attr-defined]
+
+
+def loading_context(settings: dict[str, Any], world: World) -> Placement:
+    """How a model is built under its ZeRO settings."""
+    deepspeed.init_distributed(verbose=False)  # takes over the group that exists; zero.Init counts the ranks through it
+    return PartitionedPlacement(world, settings) if zero_stage(settings) == 3 else WholePlacement(world)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Whole weights
+
+
+def full_tensors(layout: Sequence[WeightSource], group_bytes: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the plain model, whole, adapters merged, in layout order; each is only valid until the next. (collective)"""
+    group: list[WeightSource] = []
+    size = 0
+    for i, source in enumerate(layout):
+        group.append(source)
+        size += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in source.parameters)
+        if size >= group_bytes or i == len(layout) - 1:
+            with GatheredParameters([p for s in group for p in s.parameters]), torch.no_grad():
+                for member in group:
+                    yield member.name, member.merged()
+            group, size = [], 0
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Engines
+
+
+class FrozenEngine:
+    """A model that only computes: partitioned under ZeRO-3, else whole on the device."""
+
+    def __init__(self, module: nn.Module, settings: dict[str, Any], world: World) -> None:
+        module.requires_grad_(False)
+        module.eval()
+        self.module = module
+        self._forward: Callable[..., Any] = module
+        if zero_stage(settings) == 3:
+            engine, *_ = deepspeed.initialize(model=module, config=settings)
+            engine.eval()
+            self._forward = engine
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """(collective under ZeRO-3)"""
+        return self._forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float
+    learning_rate: float
+
+
+def learning_rate_at(config: TrainedModelConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then constant, linear or cosine down to the floor."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    floor = config.min_learning_rate_ratio
+    share = {"constant": 1.0, "linear": 1 - progress * (1 - floor), "cosine": floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))}
+    return config.learning_rate * share[config.schedule]
+
+
+class TrainEngine:
+    """One trained model under DeepSpeed. `module` may hold frozen parameters (LoRA)."""
+
+    def __init__(self, module: nn.Module, config: TrainedModelConfig, settings: dict[str, Any], world: World, total_steps: int, seed: int, name: str):
+        self.config, self.world, self.name, self.total_steps = config, world, name, total_steps
+        self.stage = zero_stage(settings)
+        self.optimizer_steps = 0
+        self._clip = float(settings["gradient_clipping"])
+        settings = dict(settings)
+        if self.stage == 0:
+            settings["gradient_clipping"] = 0.0  # DeepSpeed clips at stage 0 without telling the norm; `_norm_at_stage_0` does both
+        trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(f"{name}: no trainable parameter")
+        self._engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
+        )
+        self.module: nn.Module = self._engine.module
+        seed_everything(seed, world.rank)
+        self._untouched: set[str] = set()
+        self._window_open = False
+        self._norm0 = 0.0
+        for n, p in trainable:
+            p.register_hook(lambda gradient, n=n: self._untouched.discard(n))
+        self._trainable = dict(trainable)
+        if self.stage == 0:
+            self._engine.optimizer.register_step_pre_hook(self._norm_at_stage_0)
+
+    def _adamw(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), no decay on one-dimensional weights."""
+        c = self.config
+        shapes = [(p, len(getattr(p, "ds_shape", p.shape))) for p in parameters]
+        groups = [
+            {"params": [p for p, d in shapes if d >= 2], "weight_decay": c.weight_decay},
+            {"params": [p for p, d in shapes if d < 2], "weight_decay": 0.0},
+        ]
+        groups = [g for g in groups if g["params"]]
+        return torch.optim.AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=self.world.device.type == "cuda")
+
+    def _norm_at_stage_0(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        self._norm0 = float(torch.nn.utils.clip_grad_norm_(parameters, self._clip if self._clip > 0 else math.inf))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward with gradients. (collective under ZeRO-3)"""
+        self._engine.train()
+        return self._engine(*args, **kwargs)
+
+    @torch.no_grad()
+    def score(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward without gradients, dropout off. (collective under ZeRO-3)"""
+        self._engine.eval()
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss_sum: Tensor, denominator: float) -> None:
+        """Accumulate d(loss_sum / denominator), where `loss_sum` is this rank's part of a sum over all ranks and micro-batches of
+        the optimizer step, and `denominator` the count over that whole step (trap 5). (collective)
+
+        Raises RuntimeError when the first backward of a window leaves a trainable parameter without a gradient (trap 31).
+        """
+        first = not self._window_open
+        if first:
+            self._untouched = set(self._trainable)
+            self._window_open = True
+        self._engine.backward(loss_sum * (self.world.size / denominator))
+        if first and self._untouched:
+            names = sorted(self._untouched)
+            raise RuntimeError(
+                f"{self.name}: the loss does not depend on {len(names)} trainable parameters, e.g. {names[:3]}: ZeRO-3 would step them with the "
+                "gradient of an earlier step; freeze them (requires_grad=False) or use them in every loss"
+            )
+
+    def step(self) -> StepResult:
+        """Apply what was accumulated since the last step. (collective)"""
+        rate = learning_rate_at(self.config, self.optimizer_steps, self.total_steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        self.optimizer_steps += 1
+        self._window_open = False
+        norm = self._norm0 if self.stage == 0 else self._engine.get_global_grad_norm()
+        return StepResult(float("nan") if norm is None else float(norm), rate)
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimizer and step counters under `folder`. (collective)"""
+        self._engine.save_checkpoint(
+            str(folder), tag="state", client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, with the same ranks and ZeRO stage. (collective)"""
+        path, client = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
+        self.optimizer_steps = int(client["optimizer_steps"])
+
+    def destroy(self) -> None:
+        self._engine.destroy()
+
+
+@contextlib.contextmanager
+def deterministic_kernels(enabled: bool) -> Iterator[None]:
+    """Bitwise reproducible kernels and reductions where torch has them."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        if enabled:
+            torch.use_deterministic_algorithms(False)

@@ -1,0 +1,1 @@
+"""Building, loading and calling models; knows transformers and peft, not DeepSpeed."""

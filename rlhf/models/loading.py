@@ -1,0 +1,202 @@
+"""From a folder of safetensors to a placed model, without a whole copy on any rank that holds only a share.
+
+The module is built empty (on the meta device, or partitioned as it is built), then each tensor is read in place from the memory-mapped
+file and each rank keeps its own part. A position-weighted checksum of what arrived is compared with the file's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from rlhf.config import ModelConfig
+from rlhf.distributed import World
+from rlhf.models.heads import ScalarModel
+
+SCORE_STATISTICS = "score_statistics.json"  # beside a reward model's weights: mean and std of its scores on training responses
+
+
+class Placement(Protocol):
+    """How a model sits on the ranks; `rlhf.engine.loading_context` makes one."""
+
+    partitioned: bool
+
+    def construct(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Run `build` so that its parameters take no more room than this rank's share, contents undefined."""
+
+    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Keep this rank's share of `whole`."""
+
+    def checksum(self, parameter: nn.Parameter) -> int:
+        """`weighted_bits` of this rank's share, at its offset in the whole."""
+
+
+def model_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def read_architecture(config: ModelConfig, key: str) -> PretrainedConfig:
+    """config.json of a model folder; ValueError names the key if the folder is not one."""
+    path = config.path
+    if path is None or not (path / "config.json").is_file():
+        raise ValueError(f"{key}.path={path}: no such model folder (a folder with config.json and *.safetensors is needed; hub names are not resolved)")
+    if not list(path.glob("*.safetensors")):
+        mend = "convert it: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out)" if list(path.glob("*.bin")) else "add them"
+        raise ValueError(f"{key}.path={path}: no *.safetensors in it; {mend}")
+    architecture: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if getattr(architecture, "is_encoder_decoder", False):
+        raise ValueError(f"{key}.path={path}: {architecture.model_type} is an encoder-decoder; only causal language models can be trained")
+    if getattr(architecture, "quantization_config", None):
+        raise ValueError(f"{key}.path={path}: quantised weights cannot be trained; use the unquantised model")
+    return architecture
+
+
+def without_dropout(architecture: PretrainedConfig) -> PretrainedConfig:
+    """Every dropout probability at 0: the update must score with the function that sampled (trap 2)."""
+    for name, value in vars(architecture).items():
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(architecture, name, 0.0)
+    return architecture
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: the tokenizer has no eos_token: responses could never end; set it in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase, extra: list[int]) -> list[int]:
+    """All tokens that end a response: tokenizer, every id of generation_config.json, and the recipe's (trap 3)."""
+    ids = {int(tokenizer.eos_token_id), *extra}  # type: ignore[arg-type]
+    if (path / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(path).eos_token_id
+        ids.update([listed] if isinstance(listed, int) else listed or [])
+    return sorted(ids)
+
+
+def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype) -> nn.Module:
+    """The actor or the reference, placed and verified. (collective where partitioned)"""
+    architecture = without_dropout(read_architecture(config, key))
+
+    def build() -> nn.Module:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            architecture, dtype=dtype, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code
+        )
+        return model
+
+    module = placement.construct(build)
+    _fill(module, config, placement, world, optional=())
+    return module
+
+
+def load_scalar_model(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, head: str) -> nn.Module:
+    """A critic or reward model. head: "keep" the folder's `score.weight` (ValueError if it has none) or start from "zero"."""
+    architecture = without_dropout(read_architecture(config, key))
+
+    def build() -> nn.Module:
+        body = AutoModel.from_config(architecture, dtype=dtype, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code)
+        return ScalarModel(body, architecture.get_text_config().hidden_size)
+
+    module = placement.construct(build)
+    assert isinstance(module, ScalarModel)
+    found = _fill(module, config, placement, world, optional=("score.weight",) if head == "zero" else ())
+    if head == "zero" or "score.weight" not in found:
+        placement.write(module.score.weight, torch.zeros(1, module.score.in_features, dtype=dtype))
+    return module
+
+
+def score_statistics(path: Path) -> tuple[float, float]:
+    """(mean, std) of a reward model's scores over training responses; (0, 1) where the folder does not say."""
+    file = path / SCORE_STATISTICS
+    if not file.is_file():
+        return 0.0, 1.0
+    read = json.loads(file.read_text())
+    return float(read["mean"]), float(read["std"])
+
+
+def enable_checkpointing(module: Any) -> None:
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def tensor_names(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, over all safetensors files of a folder."""
+    names: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            names.update(dict.fromkeys(handle.keys(), file))
+    return names
+
+
+def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: World, optional: tuple[str, ...]) -> set[str]:
+    """Write every parameter and buffer of the files into the module; returns the names that were found."""
+    assert config.path is not None
+    files = tensor_names(config.path)
+    parameters = dict(module.named_parameters())  # tied ones once
+    aliases = dict(module.named_parameters(remove_duplicate=False))
+    prefix = getattr(module, "base_model_prefix", "") or getattr(module, "body_name", "")
+    keys = {name: _file_key(name, [n for n, p in aliases.items() if p is parameters[name]], files, prefix) for name in parameters}
+    missing = [name for name, key in keys.items() if key is None and name not in optional]
+    used = {key for key in keys.values() if key}
+    ignored = ("lm_head.", "score.", "embed_out.") if hasattr(module, "body_name") else ("score.",)
+    tied = {k for k in aliases if k not in parameters}
+    left = [k for k in files if k not in used and not k.startswith(ignored) and k not in tied and not k.endswith((".inv_freq", ".masked_bias", ".attn.bias"))]
+    if missing or left:
+        raise ValueError(
+            f"{config.path}: the weights do not fit {type(module).__name__}: missing {missing[:3]}, not used {left[:3]}. "
+            "Architectures whose checkpoints transformers converts on loading (mixtures of experts, for one) are not supported"
+        )
+    arrived, expected = torch.zeros(len(parameters), dtype=torch.int64), torch.zeros(len(parameters), dtype=torch.int64)
+    handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
+    for i, (name, parameter) in enumerate(parameters.items()):
+        key = keys[name]
+        if key is None:
+            continue
+        whole = handles[files[key]].get_tensor(key).to(parameter.dtype)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if tuple(whole.shape) != shape:
+            raise ValueError(f"{config.path}: {key} has shape {tuple(whole.shape)}, the model needs {shape}")
+        placement.write(parameter, whole)
+        if not placement.partitioned or i % world.size == world.rank:
+            expected[i] = weighted_bits(whole)
+        arrived[i] = placement.checksum(parameter)
+    difference = world.sum_tensor(arrived - expected) if placement.partitioned else arrived - expected
+    wrong = [name for name, d in zip(parameters, difference.tolist(), strict=True) if d]
+    if wrong:
+        raise RuntimeError(f"{config.path}: what arrived differs from the file in {wrong[:3]} ({len(wrong)} tensors)")
+    return {name for name, key in keys.items() if key}
+
+
+def _file_key(name: str, aliases: list[str], files: dict[str, Path], prefix: str) -> str | None:
+    """The tensor of the files that holds this parameter: under its own name, a tied one, or with / without the body's prefix."""
+    for alias in [name, *aliases]:
+        for candidate in (alias, alias.removeprefix(f"{prefix}."), f"{prefix}.{alias}"):
+            if candidate in files:
+                return candidate
+    return None
+
+
+def weighted_bits(tensor: Tensor, offset: int = 0) -> int:
+    """Sum of bit patterns times position (mod 65521, + 1), mod 2^64: changes if a value or its place does, and adds up over slices."""
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start, piece in _pieces(bits):
+        positions = torch.arange(offset + start, offset + start + piece.numel(), device=flat.device) % 65521 + 1
+        total += (piece.long() * positions).sum()
+    return int(total)
+
+
+def _pieces(flat: Tensor, size: int = 1 << 22) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, flat.numel(), size):
+        yield start, flat[start : start + size]

@@ -1,0 +1,85 @@
+"""LoRA through peft: adapters on the training model, the reference = adapters off, merged weights for rollouts and export."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rlhf.config import LoraConfig
+from rlhf.models.heads import ScalarModel
+
+
+def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+    """The module with adapters on; the same initial values on every rank. A scalar head keeps training whole."""
+    torch.manual_seed(seed)
+    scalar = isinstance(module, ScalarModel)
+    peft_config = PeftLoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        exclude_modules=["score"] if scalar else None,
+        modules_to_save=None,
+        task_type=None if scalar else "CAUSAL_LM",
+    )
+    wrapped: nn.Module = get_peft_model(module, peft_config)  # type: ignore[arg-type]
+    if scalar:
+        for parameter in module.score.parameters():  # type: ignore[union-attr]
+            parameter.requires_grad_(True)
+    return wrapped
+
+
+def adapters_off(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it the model computes as its frozen base does (trap 14)."""
+    assert isinstance(module, PeftModel)
+    context: AbstractContextManager[None] = module.disable_adapter()
+    return context
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where one tensor of the plain model comes from: a parameter, plus scale * B @ A where an adapter sits on it."""
+
+    name: str  # in the plain model's state dict
+    weight: nn.Parameter
+    lora_a: nn.Parameter | None = None
+    lora_b: nn.Parameter | None = None
+    scale: float = 0.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in (self.weight, self.lora_a, self.lora_b) if p is not None]
+
+    def merged(self) -> Tensor:
+        """The tensor as the plain model should hold it; merged in float32 out of place, the training weights are not touched."""
+        weight = self.weight.detach()
+        if self.lora_a is None or self.lora_b is None:
+            return weight
+        update = self.lora_b.detach().float() @ self.lora_a.detach().float()
+        return (weight.float() + self.scale * update).to(weight.dtype)
+
+
+def weight_layout(module: nn.Module) -> list[WeightSource]:
+    """One source per parameter of the plain model, tied ones once, adapters folded in."""
+    inner = module.get_base_model() if isinstance(module, PeftModel) else module
+    adapted = {id(m.get_base_layer().weight): m for m in inner.modules() if isinstance(m, LoraLayer)}
+    layout = []
+    for name, parameter in inner.named_parameters():
+        if ".lora_" in name:
+            continue
+        layer = adapted.get(id(parameter))
+        plain = name.replace(".base_layer.", ".")
+        if layer is None:
+            layout.append(WeightSource(plain, parameter))
+        else:
+            (adapter,) = layer.lora_A.keys()
+            layout.append(
+                WeightSource(plain, parameter, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter]))
+            )
+    return layout
