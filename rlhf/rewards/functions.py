@@ -1,0 +1,270 @@
+"""Reward functions: the registry, and the wrapper that makes a failing function cost only the samples it failed on (trap 27).
+
+The convention: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, all arguments given by name, one entry per
+sample; `None` means that the sample cannot be judged. A function without `**` gets only the arguments it names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+from rlhf.config import RewardComponentConfig
+
+RewardFunction = Callable[..., list[float | None]]
+
+logger = logging.getLogger(__name__)
+
+# A minus counts as a sign unless it stands after a word or a bracket: "10-5" ends in 5, "= -5" in -5.
+_NUMBER = re.compile(r"(?P<sign>(?<![\w)\]])[-\u2212])?(?:\$\s?)?(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def exact_match(prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 if the completion is the `answer` column, but for white space around it."""
+    return [None if right is None else float(text.strip() == str(right).strip()) for text, right in zip(completions, answer, strict=True)]
+
+
+def contains_answer(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[Any], **columns: Any
+) -> list[float | None]:
+    """1 if the completion holds the `answer` column as whole words: 5 is not in 15."""
+
+    def score(text: str, right: Any) -> float | None:
+        if right is None or not str(right).strip():
+            return None
+        return float(re.search(rf"(?<!\w){re.escape(str(right).strip())}(?!\w)", text) is not None)
+
+    return [score(text, right) for text, right in zip(completions, answer, strict=True)]
+
+
+def last_number(prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 if the last number of the completion equals the last number of the `answer` column; "$1,234.50" reads as 1234.5."""
+    return [_same_number(find_number(text), right) for text, right in zip(completions, answer, strict=True)]
+
+
+def gsm8k(prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[Any], **columns: Any) -> list[float | None]:
+    """As `last_number`, but a final `#### x` in the completion is its answer, whatever follows."""
+    return [_same_number(_marked_number(text), right) for text, right in zip(completions, answer, strict=True)]
+
+
+def find_number(text: str) -> Decimal | None:
+    """The last number in a text."""
+    found = list(_NUMBER.finditer(text))
+    return _decimal(found[-1] if found else None)
+
+
+def _marked_number(text: str) -> Decimal | None:
+    _, mark, final = text.rpartition("####")
+    marked = _decimal(_NUMBER.match(final.strip())) if mark else None
+    return find_number(text) if marked is None else marked
+
+
+def _decimal(match: re.Match[str] | None) -> Decimal | None:
+    if match is None:
+        return None
+    value = Decimal(match["digits"].replace(",", ""))
+    return value.copy_negate() if match["sign"] else value
+
+
+def _same_number(given: Decimal | None, answer: Any) -> float | None:
+    right = None if answer is None else find_number(str(answer))
+    return None if right is None else float(given == right)
+
+
+def reasoning_gym(
+    prompts: list[str],
+    completions: list[str],
+    completion_ids: list[list[int]],
+    entry: list[dict[str, Any]],
+    task: list[str],
+    task_config: list[dict[str, Any] | None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """The task's own score of what stands in the last <answer> tags, or of the whole completion; for sources with `task`."""
+    configs = task_config or [None] * len(task)
+    return [
+        float(_scorer(name, json.dumps(config or {}, sort_keys=True))(_tagged_answer(text), item))
+        for text, item, name, config in zip(completions, entry, task, configs, strict=True)
+    ]
+
+
+def _tagged_answer(text: str) -> str:
+    tagged = _ANSWER_TAG.findall(text)
+    return str(tagged[-1] if tagged else text).strip()
+
+
+@lru_cache(maxsize=128)
+def _scorer(task: str, config: str) -> Callable[[str, dict[str, Any]], float]:
+    from reasoning_gym.factory import create_dataset
+
+    score: Callable[[str, dict[str, Any]], float] = create_dataset(task, size=1, seed=0, **json.loads(config)).score_answer
+    return score
+
+
+def length_penalty(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], target: int, per_token: float = 0.001, **columns: Any
+) -> list[float | None]:
+    """-per_token for every token above `target`; both are set under `arguments`."""
+    return [-per_token * max(0, len(ids) - target) for ids in completion_ids]
+
+
+REWARD_FUNCTIONS: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "contains_answer": contains_answer,
+    "last_number": last_number,
+    "gsm8k": gsm8k,
+    "reasoning_gym": reasoning_gym,
+    "length_penalty": length_penalty,
+}
+
+
+def resolve_function(name: str) -> RewardFunction:
+    """A registered name, or `package.module:attribute`. Raises ValueError that names the mend."""
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        if name in REWARD_FUNCTIONS:
+            return REWARD_FUNCTIONS[name]
+        raise ValueError(f"reward function {name!r}: unknown; {_nearest(name, list(REWARD_FUNCTIONS))}, or give package.module:function")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the user's module runs here, and may fail in any way
+        raise ValueError(f"reward function {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [n for n in dir(found) if not n.startswith("_")]
+            raise ValueError(f"reward function {name!r}: {module_name} has no {attribute!r}; {_nearest(part, public)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"reward function {name!r}: is of type {type(found).__name__}; name a function")
+    function: RewardFunction = found
+    return function
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
+
+
+class Unusable(Exception):
+    """A reward that is no finite number; the message is the reason it is counted under."""
+
+
+class FunctionReward:
+    """A reward function that never raises: what it cannot score is None and counted by reason."""
+
+    def __init__(self, config: RewardComponentConfig) -> None:
+        """Raises ValueError if the function is not found or does not take one of `arguments`."""
+        assert config.function is not None
+        self.name = config.label
+        self.function = resolve_function(config.function)
+        self.arguments = config.arguments
+        self._accepted = _accepted_names(self.function)  # None = all
+        self._logged = False
+        for key in self.arguments:
+            if self._accepted is not None and key not in self._accepted:
+                raise ValueError(f"reward function {config.function!r}: takes no argument {key!r}; {_nearest(key, sorted(self._accepted))}")
+
+    def score(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+    ) -> tuple[list[float | None], Counter[str]]:
+        """([B] reward, or None where the sample is lost; reason -> number of lost samples)."""
+        count = len(completions)
+        if not count:
+            return [], Counter()
+        inputs: dict[str, list[Any]] = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        results: list[Any]
+        try:
+            results = self._call(inputs, range(count))
+        except Unusable as reason:
+            # Again one by one, so that only the samples at fault are lost.
+            results = [reason] if count == 1 else [self._call_one(inputs, index) for index in range(count)]
+        failures: Counter[str] = Counter()
+        scores: list[float | None] = []
+        for result in results:
+            try:
+                scores.append(_number(result))
+            except Unusable as reason:
+                self._log(str(reason))
+                failures[str(reason)] += 1
+                scores.append(None)
+        return scores, failures
+
+    def _call_one(self, inputs: dict[str, list[Any]], index: int) -> Any:
+        try:
+            return self._call(inputs, range(index, index + 1))[0]
+        except Unusable as reason:
+            return reason
+
+    def _call(self, inputs: dict[str, list[Any]], rows: range) -> list[Any]:
+        """The function's result for some rows, of checked type and length. Raises Unusable."""
+        # Lists of its own for each call: a function that empties its input must not spoil the next call.
+        arguments: dict[str, Any] = {name: [values[row] for row in rows] for name, values in inputs.items()}
+        arguments |= self.arguments
+        if self._accepted is not None:
+            arguments = {name: value for name, value in arguments.items() if name in self._accepted}
+        try:
+            result: Any = self.function(**arguments)
+            if hasattr(result, "tolist"):  # arrays and tensors
+                result = result.tolist()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._log(f"raised {type(error).__name__}", traceback=True)
+            raise Unusable(f"raised {type(error).__name__}") from None
+        if not isinstance(result, list | tuple):
+            raise Unusable(f"returned {type(result).__name__} instead of a list")
+        if len(result) != len(rows):
+            raise Unusable("wrong length")
+        return list(result)
+
+    def _log(self, what: str, traceback: bool = False) -> None:
+        if not self._logged:
+            self._logged = True
+            logger.warning("reward function %s: %s; such samples are lost and counted, this is logged once", self.name, what, exc_info=traceback)
+
+
+def _accepted_names(function: RewardFunction) -> set[str] | None:
+    """Names of the arguments a function takes, None if it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # built-in without a signature
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _number(result: Any) -> float:
+    """A finite float (bools count), or Unusable."""
+    if isinstance(result, Unusable):
+        raise result
+    if result is None:
+        raise Unusable("None")
+    if not isinstance(result, Real) and callable(getattr(result, "item", None)):  # numpy and torch scalars
+        try:
+            result = result.item()
+        except Exception:
+            raise Unusable("not a number") from None
+    if not isinstance(result, Real):
+        raise Unusable("not a number")
+    try:
+        value = float(result)
+    except (OverflowError, ValueError):
+        raise Unusable("infinite") from None
+    if math.isnan(value):
+        raise Unusable("NaN")
+    if math.isinf(value):
+        raise Unusable("infinite")
+    return value
