@@ -136,7 +136,8 @@ def _type_text(annotation: Any) -> str:
         return "`null`"
     if issubclass(annotation, BaseModel):
         return "section"
-    return {str: "text", Path: "path", bool: "true or false"}.get(annotation, annotation.__name__)
+    names: dict[Any, str] = {str: "text", Path: "path", bool: "true or false"}
+    return names.get(annotation) or str(annotation.__name__)
 
 
 def _bounds(field: FieldInfo) -> str:

@@ -42,12 +42,12 @@ install() {
     local stamp=".venv/.installed-$1" hash
     hash="$(sha256sum "$1")"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$hash" ]; then
-        echo "setup: installing $1"
+        echo "setup: installing $1 (minutes, the first time)"
         # torch first and by its pin alone: pip then takes a CPU build where its configuration offers one, and the rest builds on it.
         if grep -q '^torch==' "$1"; then
-            .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$1")"
+            .venv/bin/pip install --quiet --quiet --disable-pip-version-check "$(grep '^torch==' "$1")"
         fi
-        .venv/bin/pip install --quiet --disable-pip-version-check -r "$1"
+        .venv/bin/pip install --quiet --quiet --disable-pip-version-check -r "$1"
         echo "$hash" >"$stamp"
     fi
 }
