@@ -121,11 +121,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
 def _mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
     """[T] True where a token holds a character of a span (spans in order, not overlapping)."""
     mask: list[bool] = []
-    owned, current = 0, 0
+    current = 0
     for start, end in offsets:
-        # Byte-level tokenizers may trim a leading space from the offsets, though the token holds it: it starts where the last one ended.
-        start = min(start, owned)
-        owned = max(owned, end)
+        # Byte-level tokenizers may trim leading spaces from the offsets (to nothing for a token of spaces), so `start` alone cannot decide.
         while current < len(spans) and spans[current][1] <= start:
             current += 1
         mask.append(current < len(spans) and spans[current][0] < end)
