@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.types import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,31 @@ def plan_micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch:
     while len(chunks) % world_size:
         chunks.append(MicroBatchPlan([order[-1]], weightless=True))
     return chunks[rank::world_size]
+
+
+def collate(
+    input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, mask: Tensor, plan: MicroBatchPlan, columns: dict[str, Tensor] | None = None
+) -> MicroBatch:
+    """The rows of one forward, cut to their longest sequence and response; a weightless plan gets an all-False mask.
+
+    input_ids [B, T], prompt_lengths and response_lengths [B], mask [B, R], columns [B, R or R + 1].
+    """
+    rows = torch.tensor(plan.rows)
+    p, n = prompt_lengths[rows], response_lengths[rows]
+    width, window = int((p + n).max()), int(n.max())
+    return MicroBatch(
+        input_ids=input_ids[rows, :width],
+        prompt_lengths=p,
+        response_lengths=n,
+        mask=mask[rows, :window] & (not plan.weightless),
+        columns={name: column[rows, :window] for name, column in (columns or {}).items()},
+    )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """([b, t] int64 right-padded, [b] int64 lengths)."""
+    lengths = torch.tensor([len(r) for r in rows])
+    padded = torch.full((len(rows), int(lengths.max())), pad)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    return padded, lengths

@@ -119,7 +119,9 @@ class TrainedModelConfig(ModelConfig):
 
 
 class CriticConfig(TrainedModelConfig):
-    init: Literal["actor", "reward", "path"] = Field("actor", description="where the body comes from: the actor's folder, the first reward model, or `path`")
+    init: Literal["actor", "reward", "path"] = Field(
+        "actor", description="where the body comes from: the actor's folder, the first reward model, or `path`"
+    )
     head: Literal["zero", "keep"] = Field("zero", description="zero: values start at 0 (trap 15); keep: the head that the folder holds")
     learning_rate: float = Field(1e-5, ge=0, description="peak learning rate")
     dropout: float = Field(0.0, ge=0, le=0, description="only 0 (trap 2)")
@@ -178,7 +180,9 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _full_distribution(self) -> RolloutConfig:
         if self.top_k != 0 or self.top_p != 1.0:
-            raise ValueError("top_k and top_p make the update score a distribution that was not sampled from (trap 18): remove them; they belong in validation")
+            raise ValueError(
+                "top_k and top_p make the update score a distribution that was not sampled from (trap 18): remove them; they belong in validation"
+            )
         return self
 
 
@@ -214,7 +218,9 @@ class KLConfig(Section):
 
     coef: float = Field(0.0, ge=0, description="kl_coef; 0 = no reference model is loaded")
     place: Literal["reward", "loss"] = Field("reward", description="k1 in the reward, or k2 / k3 in the loss")
-    estimator: Literal["k1", "k2", "k3", "k3_corrected"] = Field("k1", description="k3_corrected carries the importance ratio; plain k3 is for parity with others")
+    estimator: Literal["k1", "k2", "k3", "k3_corrected"] = Field(
+        "k1", description="k3_corrected carries the importance ratio; plain k3 is for parity with others"
+    )
     controller: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: Ziegler et al. 2019, arXiv:1909.08593, eq. 2")
     target: float = Field(6.0, gt=0, description="adaptive: KL per response (nats) to steer to")
     horizon: int = Field(10_000, ge=1, description="adaptive: responses over which the coefficient can change by a factor e")
@@ -242,7 +248,9 @@ class AlgorithmConfig(Section):
     clip_eps_high: float = Field(0.2, gt=0, description="ratio clip above 1")
     value_clip: float | None = Field(0.2, gt=0, description="value clip around the rollout's values; null = off")
     entropy_coef: float = Field(0.0, ge=0, description="entropy bonus")
-    loss_mean: Literal["tokens", "sequences", "constant"] = Field("tokens", description="what the policy loss is a mean over; constant: rows x max_new_tokens")
+    loss_mean: Literal["tokens", "sequences", "constant"] = Field(
+        "tokens", description="what the policy loss is a mean over; constant: rows x max_new_tokens"
+    )
     kl: KLConfig = Field(default_factory=KLConfig)
     epochs: int = Field(1, ge=1, description="passes over each rollout batch")
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
@@ -291,7 +299,9 @@ class ValidationConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
     max_new_tokens: int | None = Field(None, ge=1, description="default: rollout.max_new_tokens")
     samples: int = Field(32, ge=0, description="samples written to samples/ at each validation; training rollouts: as many")
-    best_metric: str | None = Field(None, description="metric whose best checkpoint is kept; default: the mean accuracy (rl, reward_model), the loss (sft)")
+    best_metric: str | None = Field(
+        None, description="metric whose best checkpoint is kept; default: the mean accuracy (rl, reward_model), the loss (sft)"
+    )
     best_mode: Literal["max", "min"] | None = Field(None, description="direction of best_metric")
 
 
@@ -321,7 +331,9 @@ class Config(Section):
     deepspeed: str | dict[str, Any] = Field("ds_configs/zero3.json", description="DeepSpeed JSON (path or mapping) for every role without its own")
     actor: TrainedModelConfig = Field(default_factory=TrainedModelConfig, description="the policy; also what sft trains")
     critic: CriticConfig = Field(default_factory=CriticConfig, description="the value model (ppo)")
-    reference: ModelConfig = Field(default_factory=ModelConfig, description="frozen; default path: the actor's. With LoRA it is the actor, adapters off")
+    reference: ModelConfig = Field(
+        default_factory=ModelConfig, description="frozen; default path: the actor's. With LoRA it is the actor, adapters off"
+    )
     reward_model: TrainedModelConfig = Field(default_factory=TrainedModelConfig, description="what the task reward_model trains")
     reward: RewardConfig = Field(default_factory=RewardConfig)
     data: DataConfig
@@ -338,7 +350,10 @@ class Config(Section):
             if not ok:
                 raise ValueError(message)
 
-        need(self.train_path is not None, f"{'reward_model' if self.task == 'reward_model' else 'actor'}.path: which model should be trained? Give its folder")
+        need(
+            self.train_path is not None,
+            f"{'reward_model' if self.task == 'reward_model' else 'actor'}.path: which model should be trained? Give its folder",
+        )
         if self.task == "rl":
             need(self.train.steps is not None, "train.steps: give the number of rollout steps")
             need(bool(self.reward.components), "reward.components: give at least one function or model")
@@ -554,7 +569,7 @@ def resolve_deepspeed(
     tree["bf16"] = {**bf16, "enabled": dtype == "bfloat16"}
     accumulate = tree.setdefault("data_types", {}).get("grad_accum_dtype", "auto")
     if accumulate not in ("auto", "fp32"):
-        raise ValueError(f"{origin}: `data_types.grad_accum_dtype` is {accumulate!r}: gradients are accumulated in fp32 (trap 32); write \"auto\"")
+        raise ValueError(f'{origin}: `data_types.grad_accum_dtype` is {accumulate!r}: gradients are accumulated in fp32 (trap 32); write "auto"')
     tree["data_types"]["grad_accum_dtype"] = "fp32"
     zero = tree.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -574,6 +589,28 @@ def resolve_deepspeed(
             zero["stage"] = 0
     _resolve_auto(tree, origin)
     return tree
+
+
+def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """Resolved DeepSpeed settings of one model of the run; a `TrainedModelConfig` is trained, any other frozen."""
+    trained = isinstance(role, TrainedModelConfig)
+    dtype = role_dtype(role, on_gpu)
+    tree = resolve_deepspeed(
+        config.deepspeed if role.deepspeed is None else role.deepspeed,
+        dtype=dtype,
+        trained=trained,
+        micro_batch=config.train.micro_batch,
+        world_size=world_size,
+        max_grad_norm=role.max_grad_norm if isinstance(role, TrainedModelConfig) else 0.0,
+        on_gpu=on_gpu,
+    )
+    if trained and tree["zero_optimization"].get("stage", 0) == 0 and dtype == "bfloat16":
+        raise ValueError("zero_optimization.stage=0 with bfloat16: DeepSpeed has no fp32 gradient accumulation there; use stage 1, or dtype=float32")
+    return tree
+
+
+def role_dtype(role: ModelConfig, on_gpu: bool) -> str:
+    return role.dtype if role.dtype != "auto" else "bfloat16" if on_gpu else "float32"
 
 
 def _resolve_auto(tree: dict[str, Any], origin: str, prefix: str = "") -> None:

@@ -87,6 +87,14 @@ class World:
         dist.all_gather(received, sent)
         return torch.cat([part[:n].cpu() for part, n in zip(received, counts, strict=True)])
 
+    def gather_indexed(self, rows: list[int], values: Tensor, total: int) -> Tensor:
+        """[total, w]: row `rows[i]` of the result is `values[i]` of the rank that computed it. (collective)"""
+        index = self.gather_rows(torch.tensor(rows, dtype=torch.int64).reshape(-1, 1), pad=-1).squeeze(1)
+        gathered = self.gather_rows(values)
+        result = torch.zeros(total, gathered.shape[1], dtype=gathered.dtype)
+        result[index] = gathered
+        return result
+
     def beat(self) -> None:
         """Publish that this rank is making progress (no collective: a key in the store)."""
         if self.store is not None:

@@ -270,6 +270,15 @@ class TrainEngine:
         norm = self._norm0 if self.stage == 0 else self._engine.get_global_grad_norm()
         return StepResult(float("nan") if norm is None else float(norm), rate)
 
+    def full_tensors(self, layout: Sequence[WeightSource]) -> Iterator[tuple[str, Tensor]]:
+        """`full_tensors` of this model's weights. (collective)"""
+        return full_tensors(layout)
+
+    def full_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Whole copies on the host of some (small) parameters. (collective)"""
+        with GatheredParameters(list(parameters.values())):
+            return {name: p.detach().cpu().clone() for name, p in parameters.items()}
+
     def save(self, folder: Path) -> None:
         """Weights, optimizer and step counters under `folder`. (collective)"""
         self._engine.save_checkpoint(

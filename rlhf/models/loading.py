@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from rlhf.config import ModelConfig
+from rlhf.config import ModelConfig, role_dtype
 from rlhf.distributed import World
 from rlhf.models.heads import ScalarModel
 
@@ -39,15 +39,16 @@ class Placement(Protocol):
 
 
 def model_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return torch.bfloat16 if role_dtype(config, device.type == "cuda") == "bfloat16" else torch.float32
 
 
 def read_architecture(config: ModelConfig, key: str) -> PretrainedConfig:
     """config.json of a model folder; ValueError names the key if the folder is not one."""
     path = config.path
     if path is None or not (path / "config.json").is_file():
-        raise ValueError(f"{key}.path={path}: no such model folder (a folder with config.json and *.safetensors is needed; hub names are not resolved)")
+        raise ValueError(
+            f"{key}.path={path}: no such model folder (a folder with config.json and *.safetensors is needed; hub names are not resolved)"
+        )
     if not list(path.glob("*.safetensors")):
         mend = "convert it: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out)" if list(path.glob("*.bin")) else "add them"
         raise ValueError(f"{key}.path={path}: no *.safetensors in it; {mend}")
@@ -85,8 +86,8 @@ def eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase, extra: list[in
     return sorted(ids)
 
 
-def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype) -> nn.Module:
-    """The actor or the reference, placed and verified. (collective where partitioned)"""
+def empty_causal_lm(config: ModelConfig, key: str, placement: Placement, dtype: torch.dtype) -> nn.Module:
+    """A model of the folder's architecture whose weights are undefined."""
     architecture = without_dropout(read_architecture(config, key))
 
     def build() -> nn.Module:
@@ -95,7 +96,12 @@ def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: W
         )
         return model
 
-    module = placement.construct(build)
+    return placement.construct(build)
+
+
+def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype) -> nn.Module:
+    """The actor or the reference, placed and verified. (collective where partitioned)"""
+    module = empty_causal_lm(config, key, placement, dtype)
     _fill(module, config, placement, world, optional=())
     return module
 
@@ -150,7 +156,11 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
     used = {key for key in keys.values() if key}
     ignored = ("lm_head.", "score.", "embed_out.") if hasattr(module, "body_name") else ("score.",)
     tied = {k for k in aliases if k not in parameters}
-    left = [k for k in files if k not in used and not k.startswith(ignored) and k not in tied and not k.endswith((".inv_freq", ".masked_bias", ".attn.bias"))]
+    left = [
+        k
+        for k in files
+        if k not in used and not k.startswith(ignored) and k not in tied and not k.endswith((".inv_freq", ".masked_bias", ".attn.bias"))
+    ]
     if missing or left:
         raise ValueError(
             f"{config.path}: the weights do not fit {type(module).__name__}: missing {missing[:3]}, not used {left[:3]}. "

@@ -79,7 +79,5 @@ def weight_layout(module: nn.Module) -> list[WeightSource]:
             layout.append(WeightSource(plain, parameter))
         else:
             (adapter,) = layer.lora_A.keys()
-            layout.append(
-                WeightSource(plain, parameter, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter]))
-            )
+            layout.append(WeightSource(plain, parameter, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter])))
     return layout

@@ -1,0 +1,90 @@
+"""`--dry_run`: everything that can be said of a run without starting it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import PretrainedConfig
+
+from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_dtype, role_settings, to_yaml
+from rlhf.metrics import model_shape
+from rlhf.models.loading import read_architecture
+
+
+def describe(config: Config) -> str:
+    """Resolved config, batch arithmetic, and which model sits where under which DeepSpeed settings."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_gpu = torch.cuda.is_available()
+    lines = [
+        to_yaml(config),
+        f"ranks: {world_size} ({'GPU' if on_gpu else 'CPU'})",
+        "",
+        "batch arithmetic",
+        *(f"  {line}" for line in arithmetic(config, world_size)),
+    ]
+    lines += ["", "models"]
+    for name, role in roles(config):
+        settings = role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
+        trained = isinstance(role, TrainedModelConfig)
+        stage = settings["zero_optimization"].get("stage", 0)
+        where = {
+            0: "whole on every rank",
+            1: "weights whole, optimizer sharded",
+            2: "weights whole, gradients and optimizer sharded",
+            3: "sharded over all ranks",
+        }
+        kind = ("LoRA" if role.lora else "trained") if isinstance(role, TrainedModelConfig) else "frozen"
+        architecture = read_architecture(role, name)
+        lines.append(
+            f"  {name}: {role.path} ({architecture.model_type}, {parameters(architecture) / 1e6:.1f} M), {kind}, {role_dtype(role, on_gpu)}, "
+            f"ZeRO-{stage}: {where[stage]}" + (f", learning rate {role.learning_rate:g}" if trained else "")
+        )
+    if config.task == "rl":
+        lines.append("  rollout: a whole copy of the actor on every rank, filled once per rollout phase, adapters merged")
+        if config.uses_reference and config.actor.lora and config.reference.path is None:
+            lines.append("  reference: the actor with its adapters off")
+    return "\n".join(lines)
+
+
+def arithmetic(config: Config, world_size: int) -> list[str]:
+    micro = config.train.micro_batch
+    if config.task != "rl":
+        forwards = -(-config.train.batch // (micro * world_size))
+        return [f"one optimizer step = {config.train.batch} rows = {forwards} forwards of {micro} rows on each of {world_size} ranks"]
+    rollout, algorithm = config.rollout, config.algorithm
+    rows = rollout.prompts * rollout.group_size
+    minibatch = rows // algorithm.minibatches
+    forwards = -(-minibatch // (micro * world_size))
+    return [
+        f"one rollout batch = {rollout.prompts} prompts x {rollout.group_size} samples = {rows} responses of at most {rollout.max_new_tokens} tokens",
+        f"  {-(-rollout.prompts // world_size)} prompts on a rank, decoded in batches of at most {rollout.max_batch} rows",
+        f"one step = {algorithm.epochs} epochs x {algorithm.minibatches} minibatches = {algorithm.epochs * algorithm.minibatches} optimizer steps",
+        f"one minibatch = {minibatch} responses = {forwards} forwards of {micro} rows on each of {world_size} ranks",
+        f"whole run = {config.train.steps} steps, {(config.train.steps or 0) * rows} responses",
+    ]
+
+
+def roles(config: Config) -> list[tuple[str, ModelConfig]]:
+    """(name, role) of every model that will be loaded, with its path filled in."""
+    if config.task == "sft":
+        return [("actor", config.actor)]
+    if config.task == "reward_model":
+        return [("reward_model", config.reward_model)]
+    found: list[tuple[str, ModelConfig]] = [("actor", config.actor)]
+    reward_models = [(c.label, c.model) for c in config.reward.components if c.model]
+    if config.algorithm.needs_critic:
+        origin = {"actor": config.actor.path, "path": config.critic.path, "reward": reward_models[0][1].path if reward_models else None}[
+            config.critic.init
+        ]
+        found.append(("critic", config.critic.model_copy(update={"path": origin})))
+    if config.uses_reference and not (config.actor.lora and config.reference.path is None):
+        found.append(("reference", config.reference.model_copy(update={"path": config.reference.path or config.actor.path})))
+    return found + reward_models
+
+
+def parameters(architecture: PretrainedConfig) -> int:
+    """Matrix weights: blocks, embedding, and the head where it is not tied."""
+    shape = model_shape(architecture)
+    tied = getattr(architecture, "tie_word_embeddings", False)
+    return shape.block_params + shape.head_params * (1 if tied else 2)

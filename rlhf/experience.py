@@ -1,0 +1,128 @@
+"""Rollout + scores -> experience: logprobs, values, KL, rewards per token, advantages.
+
+The rollout is exchanged first, so that every rank holds all rows (28 bytes a token, on the host). Model passes are shared out;
+everything computed from their results is computed on every rank from the same numbers in the same order, and so is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.batching import MicroBatchPlan, collate
+from rlhf.config import AlgorithmConfig
+from rlhf.distributed import World
+from rlhf.ops.advantages import ADVANTAGES, AdvantageInput
+from rlhf.ops.kl import k1
+from rlhf.ops.masking import masked_sum
+from rlhf.types import Experience, MicroBatch, Prompt, Rollout, Scores
+
+Scorer = Callable[[MicroBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class ExperiencePasses:
+    """The model passes over a rollout: micro-batch -> [b, r] logprobs, or [b, r + 1] values. None: not needed."""
+
+    old_logprobs: Scorer
+    ref_logprobs: Scorer | None
+    values: Scorer | None
+
+
+def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:
+    """All ranks' rows, ordered by (draw, sample). `prompts`: draw -> prompt, known on every rank. (collective)"""
+    window = local.rollout_logprobs.shape[1]
+    meta = torch.stack([local.draw, local.sample, local.prompt_lengths, local.response_lengths, local.finished.long()], 1)
+    meta = world.gather_rows(meta)
+    input_ids = world.gather_rows(local.input_ids)
+    logprobs = world.gather_rows(local.rollout_logprobs)
+    order = sorted(range(len(meta)), key=lambda i: (int(meta[i, 0]), int(meta[i, 1])))
+    meta, input_ids, logprobs = meta[order], input_ids[order], logprobs[order, :window]
+    return Rollout(
+        prompts=[prompts[int(d)] for d in meta[:, 0]],
+        draw=meta[:, 0],
+        sample=meta[:, 1],
+        input_ids=input_ids,
+        prompt_lengths=meta[:, 2],
+        response_lengths=meta[:, 3],
+        finished=meta[:, 4].bool(),
+        rollout_logprobs=logprobs,
+    )
+
+
+def training_mask(rollout: Rollout, valid: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    """[B, R] bool: response tokens of rows that have a score; with `truncation: mask` of rows that ended."""
+    keep = valid & rollout.finished if algorithm.truncation == "mask" else valid
+    return rollout.response_mask & keep[:, None]
+
+
+def shared_pass(scorer: Scorer, rollout: Rollout, mask: Tensor, plan: Sequence[MicroBatchPlan], width: int, world: World) -> Tensor:
+    """[B, width] result of a model pass over all rows, each rank running its plan. (collective)"""
+    rows: list[int] = []
+    results = [torch.zeros(0, width)]
+    for part in plan:
+        batch = collate(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, mask, part).to(world.device)
+        result = scorer(batch).float().cpu()
+        world.beat()
+        if not part.weightless:
+            rows += part.rows
+            results.append(torch.nn.functional.pad(result, (0, width - result.shape[1])))
+    return world.gather_indexed(rows, torch.cat(results), len(rollout))
+
+
+def make_experience(
+    rollout: Rollout,
+    scores: Scores,
+    passes: ExperiencePasses,
+    plan: Sequence[MicroBatchPlan],
+    algorithm: AlgorithmConfig,
+    kl_coef: float,
+    world: World,
+) -> Experience:
+    """Everything the update needs. (collective)
+
+    `plan` should be the first epoch's update plan: then old logprobs and the update's first logprobs come from the same forwards and
+    are the same bits in float32 (trap 2).
+    """
+    mask = training_mask(rollout, scores.valid, algorithm)
+    window = mask.shape[1]
+    old = shared_pass(passes.old_logprobs, rollout, mask, plan, window, world)
+    ref = shared_pass(passes.ref_logprobs, rollout, mask, plan, window, world) if passes.ref_logprobs else None
+    values = shared_pass(passes.values, rollout, mask, plan, window + 1, world) if passes.values else None
+    rewards = token_rewards(rollout, scores, mask, algorithm.truncation)
+    if ref is not None and algorithm.kl.place == "reward":
+        rewards = rewards - kl_coef * torch.where(mask, k1(old, ref), torch.zeros_like(old))
+    result = ADVANTAGES[algorithm.advantage](
+        AdvantageInput(
+            rewards=rewards,
+            mask=mask,
+            group=rollout.draw,
+            valid=mask.any(1),
+            values=values,
+            bootstrap=~rollout.finished if algorithm.truncation == "bootstrap" else torch.zeros_like(rollout.finished),
+            gamma=algorithm.gamma,
+            gae_lambda=algorithm.gae_lambda,
+            group_scale=algorithm.group_scale,
+            whiten=algorithm.whiten_advantages,
+        )
+    )
+    return Experience(rollout, scores, mask, old, ref, values, rewards, result.advantages, result.returns)
+
+
+def token_rewards(rollout: Rollout, scores: Scores, mask: Tensor, truncation: str) -> Tensor:
+    """[B, R]: the score on the last response token (trap 4), nothing elsewhere. Under `truncation: bootstrap` a cut response gets no
+    score there: the value after its last token already stands for what would follow (trap 13)."""
+    rewards = torch.zeros(mask.shape)
+    outcome = torch.where(rollout.finished, scores.total, torch.zeros_like(scores.total)) if truncation == "bootstrap" else scores.total
+    rewards[torch.arange(len(rollout)), rollout.response_lengths - 1] = outcome
+    return torch.where(mask, rewards, torch.zeros_like(rewards))
+
+
+def kl_per_response(experience: Experience) -> float:
+    """Mean over trained responses of the summed k1 estimate, in nats."""
+    assert experience.ref_logprobs is not None
+    total = masked_sum(k1(experience.old_logprobs, experience.ref_logprobs), experience.mask)
+    return float(total / experience.mask.any(1).sum().clamp(min=1))

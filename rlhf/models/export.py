@@ -1,0 +1,72 @@
+"""Writing models that other programs read: Hugging Face folders and PEFT adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from rlhf.models.heads import ScalarModel
+from rlhf.models.loading import SCORE_STATISTICS
+
+COPIED = ("generation_config.json", "chat_template.jinja")
+
+
+def export_model(
+    folder: Path,
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    write: bool,
+    statistics: tuple[float, float] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """A folder that `from_pretrained` loads, from the whole tensors of the plain model; tied weights are written once.
+
+    (collective, through the iterator: every rank calls it, the one with `write` writes.) source: the folder that the model was loaded
+    from; its config (with its own dropout) and generation config are kept. statistics: of a reward model's scores.
+    """
+    state = {name: tensor.detach().cpu().clone() for name, tensor in tensors if write}
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(state, folder, safe_serialization=True)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        plain = module.get_base_model() if isinstance(module, PeftModel) else module
+        config.dtype = next(iter(state.values())).dtype
+        if isinstance(plain, ScalarModel):
+            config.num_labels = 1
+            name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+            config.architectures = [name or type(plain).__name__]
+            config.pad_token_id = tokenizer.pad_token_id
+        else:
+            config.architectures = [type(plain).__name__]
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name in COPIED:
+            if (source / name).is_file() and not (folder / name).exists():
+                (folder / name).write_bytes((source / name).read_bytes())
+        if statistics is not None:
+            (folder / SCORE_STATISTICS).write_text(json.dumps({"mean": statistics[0], "std": statistics[1]}) + "\n")
+
+
+def export_adapter(folder: Path, module: nn.Module, tensors: dict[str, Tensor], write: bool) -> None:
+    """The adapters alone, as PEFT writes and reads them. tensors: name in the PEFT model -> whole tensor."""
+    assert isinstance(module, PeftModel)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {name.replace(".default.", "."): tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        module.peft_config["default"].save_pretrained(str(folder))
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What an adapter file holds: the LoRA matrices, by their name in the PEFT model."""
+    return {name: p for name, p in module.named_parameters() if ".lora_" in name}

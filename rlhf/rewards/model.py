@@ -1,0 +1,39 @@
+"""A trained reward model as a reward: the scalar at the last token, centred and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.batching import MicroBatchPlan, plan_micro_batches
+from rlhf.distributed import World
+from rlhf.models.forward import Forward, last_token_scores
+from rlhf.types import Rollout
+
+
+class RewardModel:
+    """(score at the last token - mean) / std; mean and std come with the model's folder (`models.loading.score_statistics`)."""
+
+    def __init__(self, forward: Forward, mean: float, std: float, micro_batch: int, world: World) -> None:
+        self.forward, self.mean, self.std, self.micro_batch, self.world = forward, mean, std, micro_batch, world
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """[B] float32 for all rows of the rollout, each rank computing its share. (collective)"""
+        lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+        plan = plan_micro_batches(range(len(rollout)), lengths, self.micro_batch, self.world.size, self.world.rank)
+        return self.world.gather_indexed(*self._share(rollout, plan, lengths), len(rollout)).squeeze(1)
+
+    @torch.no_grad()
+    def _share(self, rollout: Rollout, plan: Sequence[MicroBatchPlan], lengths: list[int]) -> tuple[list[int], Tensor]:
+        rows: list[int] = []
+        scores: list[Tensor] = []
+        for part in plan:
+            longest = max(lengths[r] for r in part.rows)
+            ids = rollout.input_ids[part.rows, :longest].to(self.world.device)
+            result = last_token_scores(self.forward, ids, torch.tensor([lengths[r] for r in part.rows], device=ids.device))
+            if not part.weightless:
+                rows += part.rows
+                scores.append(((result - self.mean) / self.std).cpu())
+        return rows, torch.cat(scores)[:, None] if scores else torch.zeros(0, 1)

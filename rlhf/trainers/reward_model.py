@@ -1,0 +1,133 @@
+"""Reward-model training on preference pairs (Bradley-Terry)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.batching import pad_rows, plan_micro_batches
+from rlhf.config import Config
+from rlhf.data import DrawSampler, load_preferences
+from rlhf.distributed import World
+from rlhf.engine import TrainEngine
+from rlhf.metrics import model_shape, update_flops, wilson_interval
+from rlhf.models.forward import last_token_scores
+from rlhf.models.loading import load_tokenizer
+from rlhf.ops.losses import preference_loss
+from rlhf.trainers.run import Best, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.sft import total_steps
+from rlhf.types import PreferencePair
+
+STATISTICS_PAIRS = 1024  # training pairs whose scores give the mean and std that later centre and scale the reward
+
+
+def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitStack) -> None:
+    """Run the recipe."""
+    role = config.reward_model
+    assert role.path is not None
+    tokenizer = load_tokenizer(role.path, role.trust_remote_code)
+    assert isinstance(tokenizer.pad_token_id, int)
+    pad = tokenizer.pad_token_id
+    pairs, report = load_preferences(config.data.train, config.data, tokenizer)
+    held_out = load_preferences(config.validation.data, config.data, tokenizer)[0] if config.validation.data else []
+    steps = total_steps(config, len(pairs))
+    best = Best(config.validation.best_metric or "val-core/pair_accuracy/mean", config.validation.best_mode or "max")
+    run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    run.console.message(report.summary())
+
+    engine = run.train_engine(role, "reward_model", steps, scalar_head="zero")
+    sampler = DrawSampler(len(pairs), config.seed, config.data.shuffle)
+    shape = model_shape(engine.module.config, head_outputs=1)
+    start = run.resume({"reward_model": engine})
+    if start:
+        sampler.load_state_dict(run.state["sampler"])
+    validation: dict[str, float] = dict(run.state.get("validation", {}))
+
+    for step in range(start + 1, steps + 1):
+        run.timer.start_step()
+        batch = [pairs[d.row] for d in sampler.next(config.train.batch)]
+        sums = {"loss": 0.0, "correct": 0.0, "margin": 0.0}
+        with run.timer.phase("update_reward_model"):
+            for part in pair_micro_batches(batch, config.train.micro_batch, world):
+                chosen, rejected = score_pairs(engine, [batch[r] for r in part.rows], pad, world.device)
+                weight = torch.full_like(chosen, 0.0 if part.weightless else 1.0)
+                loss = preference_loss(chosen, rejected, weight)
+                engine.backward(loss, len(batch))  # (collective)
+                margin = (chosen - rejected).detach()
+                sums["loss"] += float(loss.detach())
+                sums["correct"] += float(((margin > 0) * weight).sum())
+                sums["margin"] += float((margin * weight).sum())
+            result = engine.step()  # (collective)
+        means = {name: value / len(batch) for name, value in world.global_sum(sums).items()}
+        metrics = {
+            "train/loss": means["loss"],
+            "train/pair_accuracy": means["correct"],
+            "train/margin": means["margin"],
+            "reward_model/grad_norm": result.grad_norm,
+            "reward_model/lr": result.learning_rate,
+        }
+        measured: dict[str, float] = {}
+        if held_out and (step % config.validation.every == 0 or step == steps):
+            with run.timer.phase("testing"):
+                measured = validation = pair_accuracy(engine, held_out, config, pad, world)  # (collective)
+        new_best = bool(measured) and best.offer(step, measured)
+        last = step == steps and config.checkpoint.last
+        if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            statistics = score_mean_std(engine, pairs[:STATISTICS_PAIRS], config, pad, world)  # (collective)
+            state = {"sampler": sampler.state_dict(), "validation": validation}
+            run.save(step, {"reward_model": engine}, state, "reward_model", statistics)  # (collective)
+        lengths = torch.tensor([len(side.input_ids) for p in batch for side in (p.chosen, p.rejected)]).numpy()
+        tokens = int(lengths.sum())
+        run.timer.add("update_reward_model", tokens // world.size, update_flops(shape, lengths, 2 * len(batch), role.lora is not None) / world.size)
+        timing = run.timer.metrics(device_peak_flops(), step_tokens=tokens // world.size, actor_memory_mb=peak_memory_mb())
+        run.end_step(step, metrics | measured | timing)
+
+
+def pair_micro_batches(pairs: list[PreferencePair], micro_batch: int, world: World) -> Any:
+    """This rank's forwards over pairs; both sides of a pair go through one forward."""
+    lengths = [max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
+    return plan_micro_batches(range(len(pairs)), lengths, micro_batch, world.size, world.rank)
+
+
+def score_pairs(forward: Callable[..., Any], pairs: list[PreferencePair], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """([b] scores of the chosen, [b] of the rejected), each read at its last token."""
+    ids, lengths = pad_rows([p.chosen.input_ids for p in pairs] + [p.rejected.input_ids for p in pairs], pad)
+    scores = last_token_scores(forward, ids.to(device), lengths.to(device))
+    return scores[: len(pairs)], scores[len(pairs) :]
+
+
+def score_all(engine: TrainEngine, pairs: list[PreferencePair], config: Config, pad: int, world: World) -> Tensor:
+    """[n, 2] float32: chosen and rejected score of every pair, on every rank. (collective)"""
+    rows: list[int] = []
+    results = [torch.zeros(0, 2)]
+    for part in pair_micro_batches(pairs, config.train.micro_batch, world):
+        chosen, rejected = score_pairs(engine.score, [pairs[r] for r in part.rows], pad, world.device)
+        if not part.weightless:
+            rows += part.rows
+            results.append(torch.stack([chosen, rejected], 1).cpu())
+    return world.gather_indexed(rows, torch.cat(results), len(pairs))
+
+
+def pair_accuracy(engine: TrainEngine, held_out: list[PreferencePair], config: Config, pad: int, world: World) -> dict[str, float]:
+    """Share of held-out pairs whose chosen side scores higher, with a 95 % Wilson interval, per source and overall. (collective)"""
+    scores = score_all(engine, held_out, config, pad, world)
+    right = (scores[:, 0] > scores[:, 1]).tolist()
+    sources = sorted({p.source for p in held_out})
+    groups = {"val-core/pair_accuracy": right}
+    if len(sources) > 1:
+        groups |= {f"val-core/{s}/pair_accuracy": [r for r, p in zip(right, held_out, strict=True) if p.source == s] for s in sources}
+    metrics = {}
+    for name, outcomes in groups.items():
+        mean, low, high = wilson_interval(sum(outcomes), len(outcomes))
+        metrics |= {f"{name}/mean": mean, f"{name}/low": low, f"{name}/high": high, f"{name}/n": float(len(outcomes))}
+    return metrics | {"val-aux/margin": float((scores[:, 0] - scores[:, 1]).mean())}
+
+
+def score_mean_std(engine: TrainEngine, pairs: list[PreferencePair], config: Config, pad: int, world: World) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of both sides, so that PPO gets rewards of mean 0 and deviation 1. (collective)"""
+    scores = score_all(engine, pairs, config, pad, world)
+    return float(scores.mean()), max(float(scores.std()), 1e-6)

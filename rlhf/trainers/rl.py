@@ -1,0 +1,395 @@
+"""Reinforcement learning: rollout, scoring, experience, update, on all ranks in lockstep.
+
+One step reads top to bottom in `train_rl`. Calls marked (collective) are made by all ranks together; everything else is each rank's own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.batching import MicroBatchPlan, collate, plan_micro_batches, split_minibatches
+from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig
+from rlhf.data import DrawSampler, load_prompts
+from rlhf.distributed import World
+from rlhf.engine import FrozenEngine, StepResult, TrainEngine, WholePlacement, loading_context
+from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience
+from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
+from rlhf.models.forward import response_logprobs, response_values
+from rlhf.models.loading import empty_causal_lm, eos_token_ids, load_causal_lm, load_scalar_model, load_tokenizer, model_dtype, score_statistics
+from rlhf.models.lora import adapters_off, weight_layout
+from rlhf.ops.kl import KLController, kl_loss
+from rlhf.ops.losses import POLICY_LOSSES, value_loss
+from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
+from rlhf.rewards import FunctionReward, RewardModel, Rewards
+from rlhf.rollout import HybridEngine
+from rlhf.trainers.run import Best, Run, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.validation import Validator, write_training_samples
+from rlhf.types import Experience, LossOutput, MicroBatch, Prompt, Rollout, Sampling
+
+
+@dataclass
+class Models:
+    """Everything that sits on this rank's device. reference: a forward without gradients, None where no KL is asked for."""
+
+    actor: TrainEngine
+    critic: TrainEngine | None
+    reference: Callable[..., Any] | None
+    rewards: Rewards
+    hybrid_engine: HybridEngine
+
+    @property
+    def engines(self) -> dict[str, TrainEngine]:
+        return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+
+
+def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> None:
+    """Run the recipe."""
+    assert config.actor.path is not None and config.train.steps is not None
+    algorithm, steps = config.algorithm, config.train.steps
+    tokenizer = load_tokenizer(config.actor.path, config.actor.trust_remote_code)
+    prompts, report = load_prompts(config.data.train, config.data, tokenizer)
+    held_out, held_out_report = load_prompts(config.validation.data, config.data, tokenizer) if config.validation.data else ([], None)
+    verifier = FunctionReward(RewardComponentConfig(function=config.validation.verifier)) if held_out else None
+
+    best = Best(config.validation.best_metric or _accuracy_metric(held_out), config.validation.best_mode or "max")
+    run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    for text in [report.summary(), *([held_out_report.summary()] if held_out_report else [])]:
+        run.console.message(text)
+    models = build_models(run)
+    sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
+    kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
+    validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
+    timer, accounting = run.timer, Accounting(run, models)
+
+    start = run.resume(dict(models.engines))
+    if start:
+        sampler.load_state_dict(run.state["sampler"])
+        kl_controller.load_state_dict(run.state["kl_controller"])
+    validation: dict[str, float] = dict(run.state.get("validation", {}))
+
+    def hand_over() -> None:  # (collective)
+        models.hybrid_engine.load_weights(models.actor.full_tensors(weight_layout(models.actor.module)))
+
+    if start == 0 and validate and config.validation.before_training:
+        timer.start_step()
+        with timer.phase("testing"):
+            hand_over()  # (collective)
+            validation = validate(0)  # (collective)
+        run.end_step(0, validation | timer.metrics())
+    if start < steps:
+        hand_over()  # (collective)
+
+    for step in range(start + 1, steps + 1):
+        timer.start_step()
+        draws = sampler.next(config.rollout.prompts)
+        with timer.phase("gen"):
+            mine = draws[world.rank :: world.size]
+            local = models.hybrid_engine.generate([prompts[d.row] for d in mine], [d.draw for d in mine], config.rollout.group_size, sampling(config))
+            world.wait_for_all("rollout")
+            rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
+        with timer.phase("reward"):
+            scores = models.rewards.score(rollout)  # (collective)
+
+        lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+        epochs = [plan_epoch(config, step, epoch, lengths, world) for epoch in range(algorithm.epochs)]
+        first_epoch = [micro_batch for minibatch in epochs[0] for micro_batch in minibatch.plan]
+        experience = make_experience(
+            rollout, scores, passes(models, config, timer), first_epoch, algorithm, kl_controller.coef, world
+        )  # (collective)
+        metrics = describe_experience(experience, kl_controller.coef)
+
+        update = UpdateMetrics(world)
+        for minibatch in (m for epoch in epochs for m in epoch):
+            counts = denominators(experience, minibatch.rows, config)
+            if counts["tokens"] == 0:  # the same on every rank: nothing to learn here, and no stale gradient either (trap 22)
+                update.skipped += 1
+                continue
+            if step > algorithm.critic_warmup_steps:
+                with timer.phase("update_actor"):
+                    for part in minibatch.plan:
+                        batch = micro_batch_of(experience, part).to(world.device)
+                        loss = policy_loss(models.actor, batch, config, kl_controller.coef)
+                        models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])  # (collective)
+                        update.add(loss, counts["tokens"])
+                    update.stepped("actor", models.actor.step())  # (collective)
+            if models.critic is not None:
+                with timer.phase("update_critic"):
+                    for part in minibatch.plan:
+                        batch = micro_batch_of(experience, part).to(world.device)
+                        loss = critic_loss(models.critic, batch, algorithm)
+                        models.critic.backward(loss.loss_sum, counts["tokens"])  # (collective)
+                        update.add(loss, counts["tokens"])
+                    update.stepped("critic", models.critic.step())  # (collective)
+        metrics |= update.metrics()  # (collective)
+        if experience.ref_logprobs is not None:
+            kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
+
+        with timer.phase("hand_over"):
+            hand_over()  # (collective)
+        measured: dict[str, float] = {}
+        if validate and (step % config.validation.every == 0 or step == steps):
+            with timer.phase("testing"):
+                measured = validation = validate(step)  # (collective)
+        new_best = bool(measured) and best.offer(step, measured)
+        last = step == steps and config.checkpoint.last
+        if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            state = {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict(), "validation": validation}
+            run.save(step, models.engines, state, "actor")  # (collective)
+        if world.is_main:
+            write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
+        run.end_step(step, metrics | measured | accounting(rollout, actor_updates=len(update.steps["actor"])))
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def build_models(run: Run) -> Models:
+    """Load all roles, each under its own DeepSpeed settings. (collective)"""
+    config, world = run.config, run.world
+    assert config.train.steps is not None and config.actor.path is not None
+    updates = config.algorithm.epochs * config.algorithm.minibatches
+    actor = run.train_engine(config.actor, "actor", (config.train.steps - config.algorithm.critic_warmup_steps) * updates)
+    critic = None
+    if config.algorithm.needs_critic:
+        origin = {"actor": config.actor.path, "path": config.critic.path, "reward": _first_reward_path(config)}[config.critic.init]
+        role = config.critic.model_copy(update={"path": origin})
+        critic = run.train_engine(role, "critic", config.train.steps * updates, scalar_head=config.critic.head)
+    scorers = [_scorer(run, component) for component in config.reward.components]
+    replica = empty_causal_lm(config.actor, "actor", WholePlacement(world), model_dtype(config.actor, world.device))
+    ends = eos_token_ids(config.actor.path, run.tokenizer, config.rollout.eos_token_ids)
+    assert isinstance(run.tokenizer.pad_token_id, int)
+    return Models(
+        actor=actor,
+        critic=critic,
+        reference=_reference(run, actor) if config.uses_reference else None,
+        rewards=Rewards(config.reward, scorers, run.tokenizer, world),
+        hybrid_engine=HybridEngine(replica, ends, run.tokenizer.pad_token_id, config.rollout.max_batch, world.beat),
+    )
+
+
+def _reference(run: Run, actor: TrainEngine) -> Callable[..., Any]:
+    """The actor with its adapters off under LoRA (trap 14), unless another folder is named; else a frozen model of its own."""
+    config = run.config
+    if config.actor.lora and config.reference.path is None:
+
+        def base(**inputs: Any) -> Any:
+            with adapters_off(actor.module):
+                return actor.score(**inputs)
+
+        return base
+    role = config.reference.model_copy(update={"path": config.reference.path or config.actor.path})
+    settings = run.settings(role)
+    module = load_causal_lm(role, "reference", loading_context(settings, run.world), run.world, model_dtype(role, run.world.device))
+    return FrozenEngine(module, settings, run.world)
+
+
+def _scorer(run: Run, component: RewardComponentConfig) -> FunctionReward | RewardModel:
+    if component.model is None:
+        return FunctionReward(component)
+    role = component.model
+    assert role.path is not None
+    settings = run.settings(role)
+    placement = loading_context(settings, run.world)
+    module = load_scalar_model(role, f"reward model {component.label}", placement, run.world, model_dtype(role, run.world.device), head="keep")
+    mean, std = score_statistics(role.path)
+    return RewardModel(FrozenEngine(module, settings, run.world), mean, std, run.config.train.micro_batch, run.world)
+
+
+def _first_reward_path(config: Config) -> Any:
+    return next((c.model.path for c in config.reward.components if c.model), None)
+
+
+def _accuracy_metric(prompts: list[Prompt]) -> str:
+    sources = {p.source for p in prompts}
+    return f"val-core/{sources.pop() if len(sources) == 1 else 'all'}/acc/mean@1"
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Experience
+
+
+def sampling(config: Config) -> Sampling:
+    return Sampling(config.rollout.max_new_tokens, config.rollout.temperature, seed=config.seed)
+
+
+def passes(models: Models, config: Config, timer: PhaseTimer) -> ExperiencePasses:
+    """The scoring forwards, each timed under verl's name."""
+    temperature = config.rollout.temperature
+    reference, critic = models.reference, models.critic
+
+    def timed(name: str, scorer: Callable[[MicroBatch], Tensor]) -> Callable[[MicroBatch], Tensor]:
+        def run(batch: MicroBatch) -> Tensor:
+            with timer.phase(name):
+                return scorer(batch)
+
+        return run
+
+    return ExperiencePasses(
+        old_logprobs=timed("old_log_prob", lambda batch: response_logprobs(models.actor.score, batch, temperature)[0]),
+        ref_logprobs=timed("ref", lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
+        values=timed("values", lambda batch: response_values(critic.score, batch)) if critic else None,
+    )
+
+
+def describe_experience(experience: Experience, kl_coef: float) -> dict[str, float]:
+    """Metrics of a rollout batch, computed from all rows on every rank."""
+    e, mask = experience, experience.mask
+    valid = e.scores.valid
+    lengths = e.rollout.response_lengths.float()
+    distance = (e.old_logprobs - e.rollout.rollout_logprobs)[mask].abs()
+    metrics = {
+        "critic/score/mean": _mean(e.scores.total[valid]),
+        "critic/score/std": float(e.scores.total[valid].std()) if int(valid.sum()) > 1 else 0.0,
+        "critic/rewards/mean": _mean(e.rewards.sum(1)[valid]),
+        "critic/advantages/mean": float(masked_mean(e.advantages, mask)),
+        "reward/invalid": float((~valid).sum()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/clip_ratio": float((~e.rollout.finished).float().mean()),
+        "prompt_length/mean": float(e.rollout.prompt_lengths.float().mean()),
+        # How far the sampler's logprobs are from the training forward's: they are a behaviour policy, never the old policy (trap 9).
+        "rollout/logprob_diff_mean": _mean(distance),
+        "rollout/logprob_diff_max": float(distance.max()) if len(distance) else 0.0,
+    }
+    for name, values in e.scores.components.items():
+        metrics[f"reward/{name}/mean"] = _mean(values[values.isfinite()])
+    for name, count in e.scores.failures.items():
+        metrics[f"reward_failures/{name}"] = float(count)
+    if e.ref_logprobs is not None:
+        metrics["actor/kl"] = float(masked_mean(e.old_logprobs - e.ref_logprobs, mask))
+        metrics["actor/kl_per_response"] = kl_per_response(e)
+        metrics["actor/kl_coef"] = kl_coef
+    if e.values is not None and e.returns is not None:
+        metrics["critic/vf_explained_var"] = explained_variance(e.values[:, :-1], e.returns, mask)
+        metrics["critic/values/mean"] = float(masked_mean(e.values[:, :-1], mask))
+        metrics["critic/returns/mean"] = float(masked_mean(e.returns, mask))
+    return metrics
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Update
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    rows: list[int]  # over all ranks
+    plan: list[MicroBatchPlan]  # this rank's
+
+
+def plan_epoch(config: Config, step: int, epoch: int, lengths: list[int], world: World) -> list[Minibatch]:
+    """The minibatches of one pass over the rollout batch; which rows meet does not depend on the number of ranks."""
+    parts = split_minibatches(len(lengths), config.algorithm.minibatches, seed=(config.seed, step, epoch))
+    return [Minibatch(rows, plan_micro_batches(rows, lengths, config.train.micro_batch, world.size, world.rank)) for rows in parts]
+
+
+def denominators(experience: Experience, rows: list[int], config: Config) -> dict[str, float]:
+    """What a loss may be a mean over, counted over the whole optimizer step on all ranks (trap 5)."""
+    mask = experience.mask[rows]
+    trained = int(mask.any(1).sum())
+    return {"tokens": int(mask.sum()), "sequences": trained, "constant": trained * config.rollout.max_new_tokens}
+
+
+def micro_batch_of(experience: Experience, part: MicroBatchPlan) -> MicroBatch:
+    e, r = experience, experience.rollout
+    columns = {"old_logprobs": e.old_logprobs, "advantages": e.advantages}
+    if e.ref_logprobs is not None:
+        columns["ref_logprobs"] = e.ref_logprobs
+    if e.values is not None and e.returns is not None:
+        columns |= {"values": e.values, "returns": e.returns}
+    return collate(r.input_ids, r.prompt_lengths, r.response_lengths, e.mask, part, columns)
+
+
+def policy_loss(forward: Callable[..., Any], batch: MicroBatch, config: Config, kl_coef: float) -> LossOutput:
+    """Policy loss + KL term - entropy bonus, summed over this micro-batch."""
+    algorithm, mask, columns = config.algorithm, batch.mask, batch.columns
+    logprobs, entropy = response_logprobs(forward, batch, config.rollout.temperature)
+    loss = POLICY_LOSSES[algorithm.policy_loss]
+    per_token, metrics = loss(
+        logprobs, columns["old_logprobs"], columns["advantages"], mask, clip_eps_low=algorithm.clip_eps_low, clip_eps_high=algorithm.clip_eps_high
+    )
+    metrics["actor/pg_loss"] = per_token.detach().sum()
+    metrics["actor/entropy"] = masked_sum(entropy.detach(), mask)
+    if algorithm.entropy_coef:
+        per_token = per_token - algorithm.entropy_coef * torch.where(mask, entropy, torch.zeros_like(entropy))
+    if algorithm.kl.place == "loss" and algorithm.kl.coef:
+        kl = kl_loss(algorithm.kl.estimator, logprobs, columns["old_logprobs"], columns["ref_logprobs"])
+        kl = torch.where(mask, kl, torch.zeros_like(kl))
+        metrics["actor/kl_loss"] = kl.detach().sum()
+        per_token = per_token + kl_coef * kl
+    weight = 1 / mask.sum(1, keepdim=True).clamp(min=1) if algorithm.loss_mean == "sequences" else torch.ones_like(per_token[:, :1])
+    return LossOutput((per_token * weight).sum(), metrics)
+
+
+def critic_loss(forward: Callable[..., Any], batch: MicroBatch, algorithm: AlgorithmConfig) -> LossOutput:
+    values = response_values(forward, batch)[:, :-1]
+    loss, metrics = value_loss(values, batch.columns["values"], batch.columns["returns"], batch.mask, algorithm.value_clip)
+    return LossOutput(loss, metrics)
+
+
+class UpdateMetrics:
+    """Sums over micro-batches and ranks, divided once by the tokens of each optimizer step (trap 30), then averaged over the steps."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.sums: dict[str, float] = defaultdict(float)
+        self.steps: dict[str, list[StepResult]] = defaultdict(list)
+        self.skipped = 0
+
+    def add(self, loss: LossOutput, tokens: float) -> None:
+        for name, value in loss.metrics.items():
+            self.sums[name] += float(value) / tokens
+
+    def stepped(self, model: str, result: StepResult) -> None:
+        self.steps[model].append(result)
+
+    def metrics(self) -> dict[str, float]:
+        """(collective)"""
+        metrics = {name: value / len(self.steps[name.split("/")[0]]) for name, value in self.world.global_sum(self.sums).items()}
+        for model, results in self.steps.items():
+            metrics[f"{model}/grad_norm"] = float(np.mean([r.grad_norm for r in results]))
+            metrics[f"{model}/lr"] = results[-1].learning_rate
+        return metrics | {"train/skipped_updates": float(self.skipped)}
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Accounting
+
+
+class Accounting:
+    """Seconds, tokens and model operations per phase of this rank's share of a step."""
+
+    def __init__(self, run: Run, models: Models) -> None:
+        self.timer, self.world, self.config, self.models = run.timer, run.world, run.config, models
+        self.peak = device_peak_flops()
+        self.shape = model_shape(models.hybrid_engine.replica.config)
+        self.scalar = model_shape(models.hybrid_engine.replica.config, head_outputs=1)
+
+    def __call__(self, rollout: Rollout, actor_updates: int) -> dict[str, float]:
+        p, n = rollout.prompt_lengths.numpy(), rollout.response_lengths.numpy()
+        tokens, responses, ranks = int((p + n).sum()), int(n.sum()), self.world.size
+        epochs = self.config.algorithm.epochs
+        self.timer.add("gen", responses // ranks, rollout_flops(self.shape, rollout.draw.numpy(), p, n) / ranks)
+        self.timer.add("old_log_prob", tokens // ranks, forward_flops(self.shape, p + n, responses) / ranks)
+        if self.models.reference:
+            self.timer.add("ref", tokens // ranks, forward_flops(self.shape, p + n, responses) / ranks)
+        lora = self.config.actor.lora is not None
+        if actor_updates:
+            self.timer.add("update_actor", epochs * tokens // ranks, epochs * update_flops(self.shape, p + n, responses, lora) / ranks)
+        if self.models.critic:
+            self.timer.add("values", tokens // ranks, forward_flops(self.scalar, p + n, tokens) / ranks)
+            lora = self.config.critic.lora is not None
+            self.timer.add("update_critic", epochs * tokens // ranks, epochs * update_flops(self.scalar, p + n, tokens, lora) / ranks)
+        return self.timer.metrics(self.peak, step_tokens=tokens // ranks, actor_memory_mb=peak_memory_mb())

@@ -1,0 +1,168 @@
+"""What every task needs around its loop: world, tokenizer, metrics, checkpoints, and the best metric so far."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.checkpoint import Checkpoints, Saved
+from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
+from rlhf.distributed import World, device_names
+from rlhf.engine import TrainEngine, loading_context
+from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
+from rlhf.models.export import adapter_parameters, export_adapter, export_model
+from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype
+from rlhf.models.lora import add_adapters, weight_layout
+
+
+@dataclass
+class Best:
+    """The best value of a metric and the step that had it; part of the state."""
+
+    metric: str
+    mode: str
+    value: float = math.nan
+    step: int | None = None
+
+    def offer(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether this step is the new best. Raises ValueError if the metric is not among what validation measured."""
+        if self.metric not in metrics:
+            raise ValueError(f"validation.best_metric={self.metric}: not measured; there are {', '.join(sorted(metrics))}")
+        value = metrics[self.metric]
+        better = self.step is None or (value > self.value if self.mode == "max" else value < self.value)
+        if better and math.isfinite(value):
+            self.value, self.step = value, step
+            return True
+        return False
+
+
+@dataclass
+class Run:
+    config: Config
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+    checkpoints: Checkpoints
+    resume_from: Path | None
+    log: MetricsLog
+    console: Console
+    timer: PhaseTimer
+    best: Best
+    state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.world.device.type == "cuda"
+
+    @property
+    def samples_dir(self) -> Path:
+        return self.config.run_dir / "samples"
+
+    def settings(self, role: ModelConfig) -> dict[str, Any]:
+        return role_settings(self.config, role, world_size=self.world.size, on_gpu=self.on_gpu)
+
+    def train_engine(self, role: TrainedModelConfig, key: str, total_steps: int, scalar_head: str | None = None) -> TrainEngine:
+        """Load, adapt and wrap a trained model; scalar_head: "zero" or "keep" for a critic or reward model. (collective)"""
+        settings = self.settings(role)
+        placement = loading_context(settings, self.world)
+        dtype = model_dtype(role, self.world.device)
+        if scalar_head is None:
+            module = load_causal_lm(role, key, placement, self.world, dtype)
+        else:
+            module = load_scalar_model(role, key, placement, self.world, dtype, scalar_head)
+        if role.lora:
+            module = add_adapters(module, role.lora, self.config.seed)
+        if role.gradient_checkpointing:
+            enable: Any = module
+            enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return TrainEngine(module, role, settings, self.world, total_steps, self.config.seed, key)
+
+    def resume(self, engines: dict[str, Saved]) -> int:
+        """Restore engines, generators and the best metric; the step to go on after (0 = from the start). (collective)"""
+        if self.resume_from is None:
+            return 0
+        self.state = self.checkpoints.load(self.resume_from, engines)
+        self.best.value, self.best.step = self.state["best"]["value"], self.state["best"]["step"]
+        self.console.message(f"resumed from {self.resume_from} at step {self.state['step']}")
+        return int(self.state["step"])
+
+    def save(
+        self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any], exported: str, statistics: tuple[float, float] | None = None
+    ) -> Path:
+        """A checkpoint with the model `exported` as HF folder and adapter. (collective)"""
+        with self.timer.phase("save_checkpoint"):
+            best = {"metric": self.best.metric, "value": self.best.value, "step": self.best.step}
+            export = self._exporter(engines[exported], statistics) if self.config.checkpoint.save_hf else None
+            return self.checkpoints.save(step, engines, {**state, "best": best}, self.best.step, export)
+
+    def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None) -> Callable[[Path], None]:
+        role = engine.config
+        assert role.path is not None
+        source, write, module = role.path, self.world.is_main, engine.module
+
+        def export(folder: Path) -> None:
+            tensors = engine.full_tensors(weight_layout(module))
+            export_model(folder / "hf", module, tensors, source, self.tokenizer, write, statistics, role.trust_remote_code)
+            if role.lora:
+                export_adapter(folder / "adapter", module, engine.full_parameters(adapter_parameters(module)), write)
+
+        return export
+
+    def end_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.log.log(step, metrics)
+        self.console.step(step, metrics)
+
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the sinks, also when training failed. A tracker that hangs would keep the interpreter from exiting, so then it ends here."""
+        self.console.close()
+        self.log.close()
+        if self.log.abandoned:
+            if error is not None:
+                traceback.print_exception(kind, error, trace)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0 if error is None else 1)
+
+
+def start_run(
+    config: Config, world: World, tokenizer: PreTrainedTokenizerBase, resume: str, total_steps: int, best: Best, cleanup: contextlib.ExitStack
+) -> Run:
+    """Open the run folder: decide what to resume from, write the resolved config, open the sinks; `cleanup` closes them. (collective)"""
+    checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
+    if world.is_main:
+        (config.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    world.barrier()
+    resume_from = checkpoints.find(resume)
+    step = int(json.loads((resume_from / "trainer_state.json").read_text())["step"]) if resume_from else None
+    console = Console(config.tracking.console, total_steps, world.is_main)
+    log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
+
+    def on_phase(name: str) -> None:
+        world.beat()
+        console.phase(name)
+
+    timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase)
+    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best)
+    cleanup.push(run.leave)
+    return run
+
+
+def device_peak_flops() -> float | None:
+    names = device_names()
+    return peak_flops(names[0]) if names else None
+
+
+def peak_memory_mb() -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None

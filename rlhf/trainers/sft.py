@@ -1,0 +1,118 @@
+"""Supervised fine-tuning on assistant turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.batching import pad_rows, plan_micro_batches
+from rlhf.config import Config
+from rlhf.data import DrawSampler, load_sequences
+from rlhf.distributed import World
+from rlhf.engine import TrainEngine
+from rlhf.metrics import model_shape, update_flops
+from rlhf.models.forward import position_ids
+from rlhf.models.loading import load_tokenizer
+from rlhf.ops.logprobs import token_logprobs
+from rlhf.ops.masking import masked_sum
+from rlhf.trainers.run import Best, device_peak_flops, peak_memory_mb, start_run
+from rlhf.types import Sequence
+
+
+def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> None:
+    """Run the recipe."""
+    assert config.actor.path is not None
+    tokenizer = load_tokenizer(config.actor.path, config.actor.trust_remote_code)
+    assert isinstance(tokenizer.pad_token_id, int)
+    pad = tokenizer.pad_token_id
+    sequences, report = load_sequences(config.data.train, config.data, tokenizer)
+    held_out = load_sequences(config.validation.data, config.data, tokenizer)[0] if config.validation.data else []
+    steps = total_steps(config, len(sequences))
+    best = Best(config.validation.best_metric or "val-core/loss", config.validation.best_mode or "min")
+    run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    run.console.message(report.summary())
+
+    actor = run.train_engine(config.actor, "actor", steps)
+    sampler = DrawSampler(len(sequences), config.seed, config.data.shuffle)
+    shape = model_shape(actor.module.config)
+    start = run.resume({"actor": actor})
+    if start:
+        sampler.load_state_dict(run.state["sampler"])
+    validation: dict[str, float] = dict(run.state.get("validation", {}))
+
+    for step in range(start + 1, steps + 1):
+        run.timer.start_step()
+        batch = [sequences[d.row] for d in sampler.next(config.train.batch)]
+        with run.timer.phase("update_actor"):
+            total, tokens = 0.0, sum(sum(s.loss_mask[1:]) for s in batch)  # the first token has no prediction
+            for part in micro_batches(batch, config.train.micro_batch, world):
+                loss = nll_sum(actor, part, pad, world.device)
+                actor.backward(loss if part.weight else loss * 0.0, tokens)  # (collective)
+                total += float(loss.detach()) * part.weight
+            result = actor.step()  # (collective)
+        metrics = {
+            "train/loss": world.global_sum({"loss": total})["loss"] / tokens,
+            "actor/grad_norm": result.grad_norm,
+            "actor/lr": result.learning_rate,
+        }
+        measured: dict[str, float] = {}
+        if held_out and (step % config.validation.every == 0 or step == steps):
+            with run.timer.phase("testing"):
+                measured = validation = held_out_loss(actor, held_out, config, pad, world)  # (collective)
+        new_best = bool(measured) and best.offer(step, measured)
+        last = step == steps and config.checkpoint.last
+        if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            run.save(step, {"actor": actor}, {"sampler": sampler.state_dict(), "validation": validation}, "actor")  # (collective)
+        lengths = torch.tensor([len(s.input_ids) for s in batch]).numpy()
+        run.timer.add(
+            "update_actor", int(lengths.sum()) // world.size, update_flops(shape, lengths, tokens, config.actor.lora is not None) / world.size
+        )
+        timing = run.timer.metrics(device_peak_flops(), step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=peak_memory_mb())
+        run.end_step(step, metrics | measured | timing)
+
+
+def total_steps(config: Config, rows: int) -> int:
+    return config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch)
+
+
+class Part(list[Sequence]):
+    """Sequences of one forward; weight 0 for a filler that keeps the ranks in step (trap 23)."""
+
+    weight: float = 1.0
+
+
+def micro_batches(batch: list[Sequence], micro_batch: int, world: World) -> list[Part]:
+    """This rank's forwards over a global batch."""
+    plan = plan_micro_batches(range(len(batch)), [len(s.input_ids) for s in batch], micro_batch, world.size, world.rank)
+    parts = []
+    for p in plan:
+        part = Part(batch[r] for r in p.rows)
+        part.weight = 0.0 if p.weightless else 1.0
+        parts.append(part)
+    return parts
+
+
+def nll_sum(forward: Callable[..., Any], part: list[Sequence], pad: int, device: torch.device) -> Tensor:
+    """Summed negative log-likelihood of the trained tokens."""
+    ids, _ = pad_rows([s.input_ids for s in part], pad)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, s in enumerate(part):
+        mask[i, : len(s.loss_mask)] = torch.tensor(s.loss_mask)
+    ids, mask = ids.to(device), mask.to(device)
+    logits = forward(input_ids=ids, position_ids=position_ids(ids), use_cache=False).logits[:, :-1]
+    return -masked_sum(token_logprobs(logits, ids[:, 1:])[0], mask[:, 1:])
+
+
+def held_out_loss(actor: TrainEngine, held_out: list[Sequence], config: Config, pad: int, world: World) -> dict[str, float]:
+    """Mean negative log-likelihood per trained token. (collective)"""
+    total = 0.0
+    for part in micro_batches(held_out, config.train.micro_batch, world):
+        total += float(nll_sum(actor.score, part, pad, world.device)) * part.weight
+    tokens = sum(sum(s.loss_mask[1:]) for s in held_out)
+    loss = world.global_sum({"loss": total})["loss"] / max(1, tokens)
+    return {"val-core/loss": loss, "val-aux/perplexity": math.exp(min(loss, 50.0))}

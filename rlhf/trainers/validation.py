@@ -1,0 +1,102 @@
+"""Held-out accuracy, and samples for people to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import Config
+from rlhf.distributed import World
+from rlhf.experience import gather_rollout
+from rlhf.metrics import bootstrap_interval, write_samples
+from rlhf.rewards import FunctionReward, Rewards
+from rlhf.rewards.compose import score_with_function
+from rlhf.rollout import HybridEngine
+from rlhf.types import Experience, Prompt, Rollout, Sampling, Scores
+
+VALIDATION_STREAM = 1
+
+
+@dataclass
+class Validator:
+    """pass@1 per data source by the recipe's verifier, and what the training rewards say of the same responses."""
+
+    config: Config
+    prompts: list[Prompt]
+    verifier: FunctionReward
+    rewards: Rewards
+    hybrid_engine: HybridEngine
+    tokenizer: PreTrainedTokenizerBase
+    world: World
+    samples_dir: Path
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Metrics of the current weights; the engine must hold them. A sample that the verifier cannot judge counts as wrong. (collective)"""
+        v = self.config.validation
+        sampling = Sampling(
+            v.max_new_tokens or self.config.rollout.max_new_tokens, v.temperature, v.top_k, v.top_p, self.config.seed, stream=VALIDATION_STREAM
+        )
+        mine = list(range(self.world.rank, len(self.prompts), self.world.size))
+        local = self.hybrid_engine.generate([self.prompts[i] for i in mine], mine, 1, sampling)
+        self.world.wait_for_all("validation")
+        rollout = gather_rollout(local, dict(enumerate(self.prompts)), self.world)
+        verdict, failures = score_with_function(self.verifier, rollout, self.tokenizer, self.world)
+        correct = (verdict.nan_to_num(0.0) >= 1.0).float()
+        scores = self.rewards.score(rollout)
+        metrics: dict[str, float] = {"val-aux/verifier/failed": float(sum(failures.values()))}
+        sources = np.array([p.source for p in rollout.prompts])
+        for source in sorted(set(sources)):
+            _interval(metrics, f"val-core/{source}/acc", correct[torch.from_numpy(sources == source)])
+        if len(set(sources)) > 1:
+            _interval(metrics, "val-core/all/acc", correct)
+        for name, values in scores.components.items():
+            known = values[values.isfinite()]
+            if len(known):
+                metrics[f"val-aux/reward/{name}"] = float(known.mean())
+        metrics["val-aux/response_length/mean"] = float(rollout.response_lengths.float().mean())
+        metrics["val-aux/response_length/clip_ratio"] = float((~rollout.finished).float().mean())
+        if self.world.is_main:
+            shown = range(min(v.samples, len(rollout)))
+            rows = (sample_row(rollout, scores, self.tokenizer, i) | {"correct": bool(correct[i])} for i in shown)
+            write_samples(self.samples_dir / f"validation-{step:06d}.jsonl", rows)
+            np.save(self.samples_dir / f"validation-{step:06d}-correct.npy", correct.numpy().astype(bool))
+        return metrics
+
+
+def _interval(metrics: dict[str, float], name: str, correct: torch.Tensor) -> None:
+    mean, low, high = bootstrap_interval(correct.numpy(), seed=0)
+    metrics.update({f"{name}/mean@1": mean, f"{name}/low": low, f"{name}/high": high, f"{name}/n": float(len(correct))})
+
+
+def sample_row(rollout: Rollout, scores: Scores, tokenizer: PreTrainedTokenizerBase, row: int) -> dict[str, Any]:
+    """One response as a person wants to read it."""
+    columns = rollout.prompts[row].columns
+    return {
+        "source": rollout.prompts[row].source,
+        "prompt": rollout.prompts[row].text,
+        "completion": tokenizer.decode(rollout.response_ids(row), skip_special_tokens=True),
+        **({"answer": columns["answer"]} if "answer" in columns else {}),
+        "reward": float(scores.total[row]),
+        "components": {name: _plain(float(values[row])) for name, values in scores.components.items()},
+        "length": int(rollout.response_lengths[row]),
+        "stop_reason": "eos" if rollout.finished[row] else "length",
+    }
+
+
+def _plain(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def write_training_samples(path: Path, experience: Experience, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """The first rows of a step's experience with their mean advantage."""
+    e = experience
+    means = (e.advantages * e.mask).sum(1) / e.mask.sum(1).clamp(min=1)
+    rows = range(min(count, len(e.rollout)))
+    write_samples(
+        path, (sample_row(e.rollout, e.scores, tokenizer, r) | {"advantage": float(means[r]), "draw": int(e.rollout.draw[r])} for r in rows)
+    )

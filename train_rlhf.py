@@ -1,0 +1,64 @@
+"""The one entry: `deepspeed train_rlhf.py --config recipe.yaml [key.sub=value ...]`.
+
+Also started by torchrun, accelerate launch, srun, or plain python (one rank).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from contextlib import ExitStack
+
+from rlhf.config import Config, load_config
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="RLHF in one DeepSpeed program.", epilog="docs/configuration.md lists every key.")
+    parser.add_argument("--config", required=True, help="recipe, a YAML file; examples in scripts/recipes/")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto: the run folder's newest checkpoint, if there is one")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved config, batch arithmetic and placement, then stop")
+    parser.add_argument("--local_rank", type=int, default=None, help="set by some launchers")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
+    return parser.parse_args(arguments)
+
+
+def fit(config: Config, resume: str) -> None:
+    """Join the other ranks, train, leave. Heavy imports happen here, after the recipe has been checked."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    from rlhf.distributed import init_world
+    from rlhf.engine import deterministic_kernels, seed_everything
+    from rlhf.trainers.reward_model import train_reward_model
+    from rlhf.trainers.rl import train_rl
+    from rlhf.trainers.sft import train_sft
+
+    world = init_world(config.threads)
+    seed_everything(config.seed, world.rank)
+    deterministic = config.deterministic if config.deterministic is not None else world.device.type == "cpu"
+    train = {"sft": train_sft, "reward_model": train_reward_model, "rl": train_rl}[config.task]
+    with deterministic_kernels(deterministic), ExitStack() as cleanup:
+        train(config, world, resume, cleanup)
+    world.close()
+
+
+def main() -> int:
+    arguments = parse_arguments(sys.argv[1:])
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from rlhf.dry_run import describe
+
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(config))
+        return 0
+    fit(config, arguments.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
