@@ -609,6 +609,12 @@ def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu:
     return tree
 
 
+def critic_origin(config: Config) -> Path | None:
+    """The folder that the critic's body is read from."""
+    reward = next((c.model.path for c in config.reward.components if c.model), None)
+    return {"actor": config.actor.path, "path": config.critic.path, "reward": reward}[config.critic.init]
+
+
 def role_dtype(role: ModelConfig, on_gpu: bool) -> str:
     return role.dtype if role.dtype != "auto" else "bfloat16" if on_gpu else "float32"
 

@@ -7,9 +7,16 @@ import os
 import torch
 from transformers import PretrainedConfig
 
-from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_dtype, role_settings, to_yaml
+from rlhf.config import Config, ModelConfig, TrainedModelConfig, critic_origin, role_dtype, role_settings, to_yaml
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
+
+SHARDED = {
+    0: "whole on every rank",
+    1: "weights whole, optimizer sharded",
+    2: "weights whole, gradients and optimizer sharded",
+    3: "sharded over all ranks",
+}
 
 
 def describe(config: Config) -> str:
@@ -28,17 +35,11 @@ def describe(config: Config) -> str:
         settings = role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
         trained = isinstance(role, TrainedModelConfig)
         stage = settings["zero_optimization"].get("stage", 0)
-        where = {
-            0: "whole on every rank",
-            1: "weights whole, optimizer sharded",
-            2: "weights whole, gradients and optimizer sharded",
-            3: "sharded over all ranks",
-        }
         kind = ("LoRA" if role.lora else "trained") if isinstance(role, TrainedModelConfig) else "frozen"
         architecture = read_architecture(role, name)
         lines.append(
             f"  {name}: {role.path} ({architecture.model_type}, {parameters(architecture) / 1e6:.1f} M), {kind}, {role_dtype(role, on_gpu)}, "
-            f"ZeRO-{stage}: {where[stage]}" + (f", learning rate {role.learning_rate:g}" if trained else "")
+            f"ZeRO-{stage}: {SHARDED[stage]}" + (f", learning rate {role.learning_rate:g}" if trained else "")
         )
     if config.task == "rl":
         lines.append("  rollout: a whole copy of the actor on every rank, filled once per rollout phase, adapters merged")
@@ -74,10 +75,7 @@ def roles(config: Config) -> list[tuple[str, ModelConfig]]:
     found: list[tuple[str, ModelConfig]] = [("actor", config.actor)]
     reward_models = [(c.label, c.model) for c in config.reward.components if c.model]
     if config.algorithm.needs_critic:
-        origin = {"actor": config.actor.path, "path": config.critic.path, "reward": reward_models[0][1].path if reward_models else None}[
-            config.critic.init
-        ]
-        found.append(("critic", config.critic.model_copy(update={"path": origin})))
+        found.append(("critic", config.critic.model_copy(update={"path": critic_origin(config)})))
     if config.uses_reference and not (config.actor.lora and config.reference.path is None):
         found.append(("reference", config.reference.model_copy(update={"path": config.reference.path or config.actor.path})))
     return found + reward_models

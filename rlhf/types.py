@@ -6,7 +6,7 @@ Column j of every [B, R] tensor belongs to the j-th response token, which stands
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -115,10 +115,11 @@ class MicroBatch:
     columns: dict[str, Tensor]  # [b, r] tensors by name: old_logprobs, advantages, ...
 
     def to(self, device: torch.device) -> MicroBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
-        moved["columns"] = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
-        return MicroBatch(**moved)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        columns = {name: move(column) for name, column in self.columns.items()}
+        return MicroBatch(move(self.input_ids), move(self.prompt_lengths), move(self.response_lengths), move(self.mask), columns)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.batching import MicroBatchPlan, collate, plan_micro_batches, split_minibatches
-from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig
+from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_origin
 from rlhf.data import DrawSampler, load_prompts
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, StepResult, TrainEngine, WholePlacement, loading_context
@@ -160,8 +160,7 @@ def build_models(run: Run) -> Models:
     actor = run.train_engine(config.actor, "actor", (config.train.steps - config.algorithm.critic_warmup_steps) * updates)
     critic = None
     if config.algorithm.needs_critic:
-        origin = {"actor": config.actor.path, "path": config.critic.path, "reward": _first_reward_path(config)}[config.critic.init]
-        role = config.critic.model_copy(update={"path": origin})
+        role = config.critic.model_copy(update={"path": critic_origin(config)})
         critic = run.train_engine(role, "critic", config.train.steps * updates, scalar_head=config.critic.head)
     scorers = [_scorer(run, component) for component in config.reward.components]
     replica = empty_causal_lm(config.actor, "actor", WholePlacement(world), model_dtype(config.actor, world.device))
@@ -202,10 +201,6 @@ def _scorer(run: Run, component: RewardComponentConfig) -> FunctionReward | Rewa
     module = load_scalar_model(role, f"reward model {component.label}", placement, run.world, model_dtype(role, run.world.device), head="keep")
     mean, std = score_statistics(role.path)
     return RewardModel(FrozenEngine(module, settings, run.world), mean, std, run.config.train.micro_batch, run.world)
-
-
-def _first_reward_path(config: Config) -> Any:
-    return next((c.model.path for c in config.reward.components if c.model), None)
 
 
 def _accuracy_metric(prompts: list[Prompt]) -> str:
