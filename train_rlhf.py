@@ -26,15 +26,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def fit(config: Config, resume: str) -> None:
     """Join the other ranks, train, leave. Heavy imports happen here, after the recipe has been checked."""
+    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     from rlhf.distributed import init_world
     from rlhf.engine import deterministic_kernels, seed_everything
+    from rlhf.preflight import check
     from rlhf.trainers.reward_model import train_reward_model
     from rlhf.trainers.rl import train_rl
     from rlhf.trainers.sft import train_sft
 
+    check(config, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     world = init_world(config.threads)
     seed_everything(config.seed, world.rank)
     deterministic = config.deterministic if config.deterministic is not None else world.device.type == "cpu"
@@ -51,7 +54,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from rlhf.dry_run import describe
+        from rlhf.preflight import describe
 
         if os.environ.get("RANK", "0") == "0":
             print(describe(config))

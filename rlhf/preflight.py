@@ -1,7 +1,8 @@
-"""`--dry_run`: everything that can be said of a run without starting it."""
+"""What can be checked and said of a run before any model loads; `--dry_run` prints it."""
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, critic_origin, role_dtype, role_settings, to_yaml
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
+from rlhf.rewards import resolve_function
 
 SHARDED = {
     0: "whole on every rank",
@@ -19,10 +21,21 @@ SHARDED = {
 }
 
 
+def check(config: Config, world_size: int, on_gpu: bool) -> None:
+    """Model folders, DeepSpeed settings and reward functions of every role exist and fit; ValueError names the key and the mend."""
+    for name, role in roles(config):
+        read_architecture(role, name)
+        role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
+    functions = [c.function for c in config.reward.components if c.function] if config.task == "rl" else []
+    for function in [*functions, *([config.validation.verifier] if config.validation.verifier else [])]:
+        resolve_function(function)
+
+
 def describe(config: Config) -> str:
     """Resolved config, batch arithmetic, and which model sits where under which DeepSpeed settings."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available()
+    check(config, world_size, on_gpu)
     lines = [
         to_yaml(config),
         f"ranks: {world_size} ({'GPU' if on_gpu else 'CPU'})",
@@ -41,6 +54,7 @@ def describe(config: Config) -> str:
             f"  {name}: {role.path} ({architecture.model_type}, {parameters(architecture) / 1e6:.1f} M), {kind}, {role_dtype(role, on_gpu)}, "
             f"ZeRO-{stage}: {SHARDED[stage]}" + (f", learning rate {role.learning_rate:g}" if trained else "")
         )
+        lines.append(f"    DeepSpeed: {json.dumps(settings)}")
     if config.task == "rl":
         lines.append("  rollout: a whole copy of the actor on every rank, filled once per rollout phase, adapters merged")
         if config.uses_reference and config.actor.lora and config.reference.path is None:
