@@ -29,6 +29,7 @@ class World:
     device: torch.device
     store: dist.Store | None = None
     _meetings: int = field(default=0, repr=False)
+    _left: str | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -124,6 +125,10 @@ class World:
             if missing:
                 time.sleep(poll)
                 poll = min(poll * 1.5, 0.1)
+        # Everybody is here, so everybody has left the meeting before: nobody will look at its key again.
+        if self._left is not None:
+            self.store.delete_key(self._left)
+        self._left = keys[self.rank]
 
     def agree(self, ok: bool, message: Callable[[], str]) -> None:
         """All ranks go on, or all raise: for what only one rank can find wrong. (collective)"""

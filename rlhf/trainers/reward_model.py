@@ -42,7 +42,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     engine = run.train_engine(role, "reward_model", steps, scalar_head="zero")
     sampler = DrawSampler(len(pairs), config.seed, config.data.shuffle)
     shape = model_shape(engine.module.config, head_outputs=1)
-    start = run.resume({"reward_model": engine})
+    start = run.resume({"reward_model": engine}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
     validation: dict[str, float] = dict(run.state.get("validation", {}))

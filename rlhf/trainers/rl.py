@@ -69,7 +69,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
     timer, accounting = run.timer, Accounting(run, models)
 
-    start = run.resume(dict(models.engines))
+    start = run.resume(dict(models.engines), steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])

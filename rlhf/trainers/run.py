@@ -88,14 +88,16 @@ class Run:
             enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return TrainEngine(module, role, settings, self.world, total_steps, self.config.seed, key)
 
-    def resume(self, engines: dict[str, Saved]) -> int:
+    def resume(self, engines: dict[str, Saved], steps: int) -> int:
         """Restore engines, generators and the best metric; the step to go on after (0 = from the start). (collective)"""
         if self.resume_from is None:
             return 0
         self.state = self.checkpoints.load(self.resume_from, engines)
         self.best.value, self.best.step = self.state["best"]["value"], self.state["best"]["step"]
-        self.console.message(f"resumed from {self.resume_from} at step {self.state['step']}")
-        return int(self.state["step"])
+        step = int(self.state["step"])
+        done = "the run is complete; --resume never starts it afresh" if step >= steps else f"going on after step {step}"
+        self.console.message(f"resumed from {self.resume_from}: {done}")
+        return step
 
     def save(
         self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any], exported: str, statistics: tuple[float, float] | None = None

@@ -40,7 +40,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     actor = run.train_engine(config.actor, "actor", steps)
     sampler = DrawSampler(len(sequences), config.seed, config.data.shuffle)
     shape = model_shape(actor.module.config)
-    start = run.resume({"actor": actor})
+    start = run.resume({"actor": actor}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
     validation: dict[str, float] = dict(run.state.get("validation", {}))
