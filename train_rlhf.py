@@ -9,9 +9,12 @@ import argparse
 import logging
 import os
 import sys
+import time
+import traceback
 from contextlib import ExitStack
+from pathlib import Path
 
-from rlhf.config import Config, load_config
+from rlhf.config import ROOT, Config, load_config
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -47,19 +50,35 @@ def fit(config: Config, resume: str) -> None:
     world.close()
 
 
+def refuse(error: ValueError) -> int:
+    """A user's mistake as one message instead of a traceback per rank. What a library raises is no message for users: it goes on."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    if not raised_in.is_relative_to(ROOT / "rlhf"):
+        raise error
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(5)  # rank 0 mostly finds the same mistake, and its exit lets the launcher end this rank
+    sys.stdout.flush()
+    print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        from rlhf.preflight import describe
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from rlhf.preflight import describe
 
-        if os.environ.get("RANK", "0") == "0":
-            print(describe(config))
-        return 0
-    fit(config, arguments.resume)
+            if os.environ.get("RANK", "0") == "0":
+                print(describe(config))
+            return 0
+        fit(config, arguments.resume)
+    except ValueError as error:
+        return refuse(error)
     return 0
 
 

@@ -8,10 +8,10 @@ import os
 import torch
 from transformers import PretrainedConfig
 
-from rlhf.config import Config, ModelConfig, TrainedModelConfig, critic_origin, role_dtype, role_settings, to_yaml
+from rlhf.config import Config, ModelConfig, RewardComponentConfig, TrainedModelConfig, critic_origin, role_dtype, role_settings, to_yaml
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
-from rlhf.rewards import resolve_function
+from rlhf.rewards import FunctionReward
 
 SHARDED = {
     0: "whole on every rank",
@@ -26,9 +26,12 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
     for name, role in roles(config):
         read_architecture(role, name)
         role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
-    functions = [c.function for c in config.reward.components if c.function] if config.task == "rl" else []
-    for function in [*functions, *([config.validation.verifier] if config.validation.verifier else [])]:
-        resolve_function(function)
+    if config.task == "rl":
+        for component in config.reward.components:
+            if component.function:
+                FunctionReward(component)
+        if config.validation.verifier:
+            FunctionReward(RewardComponentConfig(function=config.validation.verifier))
 
 
 def describe(config: Config) -> str:
