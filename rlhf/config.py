@@ -164,6 +164,7 @@ class DataConfig(Section):
     max_tokens: int = Field(1024, ge=2, description="longest whole sequence (sft, reward_model); longer ones are dropped and counted")
     on_long_prompt: Literal["drop", "truncate"] = Field("drop", description="truncate keeps the end of the prompt")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row stops the run before a model loads, or is skipped and counted")
+    drop_held_out: bool = Field(False, description="rl: leave out training prompts that validation holds too (else they are only counted)")
     shuffle: bool = Field(True, description="new order every epoch, decided by the seed")
 
 

@@ -61,7 +61,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 
     best = Best(config.validation.best_metric or _accuracy_metric(held_out), config.validation.best_mode or "max")
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
-    for text in [report.summary(), *([held_out_report.summary()] if held_out_report else [])]:
+    prompts, overlap = separate(prompts, held_out, config.data.drop_held_out)
+    for text in [report.summary(), *([held_out_report.summary()] if held_out_report else []), *overlap]:
         run.console.message(text)
     models = build_models(run)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
@@ -201,6 +202,20 @@ def _scorer(run: Run, component: RewardComponentConfig) -> FunctionReward | Rewa
     module = load_scalar_model(role, f"reward model {component.label}", placement, run.world, model_dtype(role, run.world.device), head="keep")
     mean, std = score_statistics(role.path)
     return RewardModel(FrozenEngine(module, settings, run.world), mean, std, run.config.train.micro_batch, run.world)
+
+
+def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple[list[Prompt], list[str]]:
+    """(training prompts, what to say of those that are held out too). Raises ValueError if dropping them leaves none."""
+    known = {tuple(p.input_ids) for p in held_out}
+    apart = [p for p in prompts if tuple(p.input_ids) not in known]
+    shared = len(prompts) - len(apart)
+    if not shared:
+        return prompts, []
+    if not drop:
+        return prompts, [f"{shared} of {len(prompts)} training prompts are held out too (data.drop_held_out=true leaves them out)"]
+    if not apart:
+        raise ValueError("data.drop_held_out: every training prompt is held out too; give validation other data")
+    return apart, [f"{shared} of {len(prompts)} training prompts are held out too: dropped"]
 
 
 def _accuracy_metric(prompts: list[Prompt]) -> str:
