@@ -22,7 +22,9 @@ os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled against 
 
 import accelerate
 import deepspeed
+import psutil
 import torch
+import torch.utils.cpp_extension
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
@@ -32,6 +34,7 @@ from rlhf.distributed import World
 from rlhf.models.loading import Placement, weighted_bits
 from rlhf.models.lora import WeightSource
 
+logger = logging.getLogger(__name__)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
@@ -124,8 +127,30 @@ class PartitionedPlacement:
         return weighted_bits(parameter.ds_tensor.narrow(0, 0, count), start) if count else 0  # type: ignore[attr-defined]
 
 
+def _clear_abandoned_builds() -> None:
+    """DeepSpeed compiles an operator at its first start on a CPU, behind a lock file that a killed process leaves there: every later
+    start would wait for it for ever, without a word. A builder keeps its lock file open, so one that nobody has open is abandoned."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root()
+    for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
+        path = os.path.realpath(lock)
+        if not any(path in _open_files(process) for process in psutil.process_iter()):
+            logger.warning("%s: left behind by a killed process, removed", lock)
+            lock.unlink(missing_ok=True)
+
+
+def _open_files(process: psutil.Process) -> list[str]:
+    try:
+        return [file.path for file in process.open_files()]
+    except psutil.Error:  # another user's, or gone
+        return []
+
+
 def loading_context(settings: dict[str, Any], world: World) -> Placement:
-    """How a model is built under its ZeRO settings."""
+    """How a model is built under its ZeRO settings. (collective)"""
+    if not deepspeed.comm.is_initialized():
+        if world.local_rank == 0:
+            _clear_abandoned_builds()
+        world.barrier()
     deepspeed.init_distributed(verbose=False)  # takes over the group that exists; zero.Init counts the ranks through it
     return PartitionedPlacement(world, settings) if zero_stage(settings) == 3 else WholePlacement(world)
 
