@@ -1,0 +1,108 @@
+"""What came out of the quick start, as tables; the same numbers go to report.json in the run folder.
+
+python scripts/quickstart_report.py runs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rlhf.metrics import bootstrap_interval, difference_interval
+
+STAGES = {"sft": "warm start", "reward_model": "reward model", "ppo": "PPO"}
+Interval = tuple[float, float, float]  # estimate, low, high
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """All numbers of the tables, from what the run wrote."""
+    steps = {stage: read_metrics(run / stage) for stage in STAGES}
+    validated = [line for line in steps["ppo"] if "val-core/held_out/acc/mean@1" in line]
+    first, last = validated[0], validated[-1]
+    correct = [np.load(run / "ppo" / "samples" / f"validation-{line['step']:06d}-correct.npy") for line in (first, last)]
+    pairs = next(line for line in reversed(steps["reward_model"]) if "val-core/pair_accuracy/mean" in line)
+    phases = {stage: Counter[str]() for stage in STAGES}
+    for stage, lines in steps.items():
+        for line in lines:
+            phases[stage].update({k.removeprefix("timing_s/"): v for k, v in line.items() if k.startswith("timing_s/")})
+    return {
+        "seed": int((run / "seed").read_text()),
+        "problems": len(correct[0]),
+        "ppo_steps": last["step"],
+        "accuracy_before": bootstrap_interval(correct[0], seed=0),
+        "accuracy_after": bootstrap_interval(correct[1], seed=0),
+        "difference": difference_interval(correct[0], correct[1], seed=0),
+        "reward_model_before": first["val-aux/reward/reward_model"],
+        "reward_model_after": last["val-aux/reward/reward_model"],
+        "verifier_before": first["val-aux/reward/verifier"],
+        "verifier_after": last["val-aux/reward/verifier"],
+        "kl_per_response": steps["ppo"][-1]["actor/kl_per_response"],
+        "pair_accuracy": [pairs[f"val-core/pair_accuracy/{k}"] for k in ("mean", "low", "high")],
+        "pairs": int(pairs["val-core/pair_accuracy/n"]),
+        "stage_seconds": {name: int((run / "seconds" / name).read_text()) for name in ("data", "sft", "pairs", "reward_model", "ppo")},
+        "phase_seconds": phases,
+    }
+
+
+def percent(interval: Interval) -> str:
+    mean, low, high = (100 * value for value in interval)
+    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def results(r: dict[str, Any]) -> Table:
+    mean, low, high = (100 * value for value in r["difference"])
+    table = Table("", "before PPO", "after PPO", "difference", title=f"Spelling backward, seed {r['seed']}, after {r['ppo_steps']} PPO steps")
+    table.add_row(
+        f"accuracy, greedy, {r['problems']} held-out words [95 %]",
+        percent(r["accuracy_before"]),
+        percent(r["accuracy_after"]),
+        f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]",
+    )
+    for label, name in (("reward by the reward model, in deviations", "reward_model"), ("reward by the verifier (PPO never sees it)", "verifier")):
+        before, after = r[f"{name}_before"], r[f"{name}_after"]
+        table.add_row(label, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    table.add_row("KL to the reference per response, in nats", "0", f"{r['kl_per_response']:.2f}", "")
+    table.add_row(f"reward model, {r['pairs']} held-out pairs ranked rightly [95 %]", percent(r["pair_accuracy"]), "", "")
+    return table
+
+
+def seconds(r: dict[str, Any]) -> Table:
+    stages = r["stage_seconds"]
+    table = Table("stage", "seconds", "of which", title=f"Seconds: {sum(stages.values())} in all")
+    for stage, total in stages.items():
+        phases = Counter({name: value for name, value in r["phase_seconds"].get(stage, {}).items() if name != "step"})
+        named = [f"{name} {value:.1f}" for name, value in phases.most_common()]
+        other = [f"starting and the rest {max(0.0, total - phases.total()):.1f}"] if named else []
+        table.add_row(STAGES.get(stage, stage), str(total), ", ".join(named + other))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables of a finished quick start.")
+    parser.add_argument("run", type=Path, help="its run folder")
+    run: Path = parser.parse_args().run
+    report = collect(run)
+    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(results(report), seconds(report))
+    console.print(
+        f"Everything is in {run}: samples to read in {run}/ppo/samples, the trained model in {run}/ppo/checkpoints/latest/hf.", soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    main()
