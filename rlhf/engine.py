@@ -10,9 +10,11 @@ What is settled here, so that nobody else has to know (each was wrong silently s
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ from rlhf.models.lora import WeightSource
 
 logger = logging.getLogger(__name__)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed calls collectives by names that newer versions of torch want to give up: nothing that a user could mend.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
@@ -151,7 +155,8 @@ def loading_context(settings: dict[str, Any], world: World) -> Placement:
         if world.local_rank == 0:
             _clear_abandoned_builds()
         world.barrier()
-    deepspeed.init_distributed(verbose=False)  # takes over the group that exists; zero.Init counts the ranks through it
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
+        deepspeed.init_distributed(verbose=False)  # takes over the group that exists; zero.Init counts the ranks through it
     return PartitionedPlacement(world, settings) if zero_stage(settings) == 3 else WholePlacement(world)
 
 

@@ -218,13 +218,15 @@ def test_plain_console_prints_a_line_per_step() -> None:
     stream = io.StringIO()
     console = Console("auto", 10, active=True, stream=stream)  # not a terminal
     console.phase("gen")
-    console.step(1, {"critic/score/mean": 0.25, "val-core/gsm8k/acc": 0.5})
+    console.step(0, {"val-core/gsm8k/acc/high": 0.6, "val-core/gsm8k/acc/low": 0.4, "val-core/gsm8k/acc/mean@1": 0.5})
+    console.step(1, {"critic/score/mean": 0.25})
     console.step(2, {"critic/score/mean": 0.75})
     console.message("saved [x]")
     console.close()
-    first, second, third = stream.getvalue().splitlines()
-    assert first.startswith("step 1/10  reward 0.25  val 0.5  left 0:00:0")
-    assert second.startswith("step 2/10  reward 0.75  val 0.5  left 0:00:0")
+    zeroth, first, second, third = stream.getvalue().splitlines()
+    assert zeroth == "step 0/10  val 0.5  left -"  # the mean, not a bound; validation says nothing of the pace
+    assert first.startswith("step 1/10  val 0.5  reward 0.25  left 0:00:0")
+    assert second.startswith("step 2/10  val 0.5  reward 0.75  left 0:00:0")
     assert third == "saved [x]"
 
 

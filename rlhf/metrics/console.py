@@ -39,7 +39,7 @@ class Console:
         self._step = 0
         self._phase = "start"
         self._shown: dict[str, float] = {}
-        self._ends = deque([time.monotonic()], maxlen=_WINDOW + 1)
+        self._ends: deque[float] = deque(maxlen=_WINDOW + 1)  # of steps, after the start of the first one
         self._moved: list[tuple[logging.StreamHandler[IO[str]], IO[str]]] = []
         self._live: Live | None = None
         if not active:
@@ -51,15 +51,20 @@ class Console:
     def phase(self, name: str) -> None:
         """A phase of a step begins."""
         self._phase = name
+        if not self._ends:  # loading models is over
+            self._ends.append(time.monotonic())
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """A step has ended. What a step does not report (validation, mostly) keeps its last value."""
         if not self._active:
             return
         self._step = step
+        if step == 0:  # a validation before training says nothing of the pace
+            self._ends.clear()
         self._ends.append(time.monotonic())
+        ordered = sorted(metrics, key=lambda k: ("/mean" not in k, k))  # a mean before the bounds of its interval
         for label, names in _SHOWN.items():
-            key = next((k for name in names for k in sorted(metrics) if k == name or (name.endswith("/") and k.startswith(name))), None)
+            key = next((k for name in names for k in ordered if k == name or (name.endswith("/") and k.startswith(name))), None)
             if key is not None:
                 self._shown[label] = metrics[key]
         if self._live is None:
@@ -99,7 +104,7 @@ class Console:
     def _left(self) -> str:
         """Time for the remaining steps at the pace of the last ones."""
         steps = len(self._ends) - 1
-        if not steps:
+        if steps < 1:
             return "-"
         return str(timedelta(seconds=round((self._ends[-1] - self._ends[0]) / steps * (self._total - self._step))))
 
