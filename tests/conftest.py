@@ -1,0 +1,46 @@
+"""Set-up of all tests: one thread, no network, shapes of rlhf.ops checked, and tiny random models saved once per session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+# The annotations of the pure layer (Float[Tensor, "b r"]) are checked in tests only.
+jaxtyping.install_import_hook("rlhf.ops", "beartype.beartype")
+
+torch.set_num_threads(1)  # forked ranks inherit a process without worker threads
+settings.register_profile("rlhf", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("rlhf")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """DeepSpeed compiles its CPU collectives on first use (25-70 s). Here, where no test's time runs: a compiler that is killed leaves a
+    lock file on which everything after it waits for ever."""
+    if not any({"distributed", "e2e"} & set(item.path.parts) for item in session.items) or session.config.option.collectonly:
+        return
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    program = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+    try:
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, timeout=400)
+    except subprocess.TimeoutExpired:
+        pytest.exit("DeepSpeed's CPU collectives did not compile in 400 s; remove a stale lock: rm ~/.cache/torch_extensions/*/*/lock", 3)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny random model folders, made on first use: see `tests.helpers.build_models`."""
+    from tests.helpers import build_models
+
+    folder = tmp_path_factory.mktemp("models")
+    build_models(folder)
+    return folder
