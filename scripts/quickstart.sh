@@ -37,6 +37,10 @@ fi
 
 scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
+if [ -f "$run/seconds/ppo" ]; then
+    echo "quickstart: $run is finished (--fresh starts anew); its table:"
+    exec python scripts/quickstart_report.py "$run"
+fi
 mkdir -p "$run/seconds"
 echo "$seed" >"$run/seed"
 
@@ -56,8 +60,11 @@ echo "quickstart: seed $seed, $ranks ranks on $([ "$gpus" -gt 0 ] && echo GPUs |
 stage() {
     local name="$1" start="$SECONDS"
     shift
-    [ ! -f "$run/seconds/$name" ] || return 0
     echo
+    if [ -f "$run/seconds/$name" ]; then
+        echo "== $name: done before"
+        return
+    fi
     echo "== $name"
     "$@"
     echo $((SECONDS - start)) >"$run/seconds/$name"
