@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled against the CUDA toolkit here
+# DeepSpeed compiles with the `ninja` of PATH: our environment's, also where it is not activated. Another version compiles all anew.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 import accelerate
 import deepspeed
