@@ -30,6 +30,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, tracking: TrackingConfig, config_dict: dict[str, Any], resume_step: int | None, active: bool) -> None:
         self._file: IO[str] | None = None
         self._tracker: _WandbTracker | None = None
+        self._last_step = -1
         if not active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,7 @@ class MetricsLog:
             if resume_step is None:
                 _set_aside(path)
             else:
-                _drop_after(path, resume_step)
+                self._last_step = _drop_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if tracking.wandb != "off":
             self._tracker = _WandbTracker(run_dir, tracking, config_dict, resumed=resume_step is not None)
@@ -56,6 +57,11 @@ class MetricsLog:
         self._file.flush()
         if self._tracker:
             self._tracker.log(step, {key: float(value) for key, value in metrics.items()})
+
+    def complete(self, step: int, metrics: dict[str, float]) -> None:
+        """Log `step` if the file ends before it: its checkpoint was written, then the run was killed."""
+        if self._last_step < step:
+            self.log(step, metrics)
 
     def close(self) -> None:
         """Close the file and give the tracker `tracking.timeout` seconds to finish."""
@@ -195,13 +201,16 @@ def _set_aside(path: Path) -> None:
     logger.info("a fresh run in a used folder: the old metrics are kept in %s", old)
 
 
-def _drop_after(path: Path, resume_step: int) -> None:
-    """Rewrite the file without lines after `resume_step` and without a line that a kill cut short."""
+def _drop_after(path: Path, resume_step: int) -> int:
+    """Rewrite the file without lines after `resume_step` and without a line that a kill cut short. Returns the last step that is left."""
     kept = []
+    last = -1
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= resume_step:
+            step = json.loads(line)["step"]
+            if step <= resume_step:
                 kept.append(line + "\n")
+                last = step
         except ValueError:
             logger.warning("%s: dropped a line that is not JSON: %.80s", path, line)
     temporary = path.with_name(path.name + ".tmp")
@@ -210,3 +219,4 @@ def _drop_after(path: Path, resume_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return last

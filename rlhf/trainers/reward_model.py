@@ -74,17 +74,18 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         if held_out and (step % config.validation.every == 0 or step == steps):
             with run.timer.phase("testing"):
                 measured = validation = pair_accuracy(engine, held_out, config, pad, world)  # (collective)
+        metrics |= measured
         new_best = bool(measured) and best.offer(step, measured)
         last = step == steps and config.checkpoint.last
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             statistics = score_mean_std(engine, pairs[:STATISTICS_PAIRS], config, pad, world)  # (collective)
             state = {"sampler": sampler.state_dict(), "validation": validation}
-            run.save(step, {"reward_model": engine}, state, "reward_model", statistics)  # (collective)
+            run.save(step, metrics, {"reward_model": engine}, state, "reward_model", statistics)  # (collective)
         lengths = torch.tensor([len(side.input_ids) for p in batch for side in (p.chosen, p.rejected)]).numpy()
         tokens = int(lengths.sum())
         run.timer.add("update_reward_model", tokens // world.size, update_flops(shape, lengths, 2 * len(batch), role.lora is not None) / world.size)
         timing = run.timer.metrics(device_peak_flops(), step_tokens=tokens // world.size, actor_memory_mb=peak_memory_mb())
-        run.end_step(step, metrics | measured | timing)
+        run.end_step(step, metrics | timing)
 
 
 def pair_micro_batches(pairs: list[PreferencePair], micro_batch: int, world: World) -> Any:

@@ -130,7 +130,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
                         update.add(loss, counts["tokens"])
                     update.stepped("critic", models.critic.step())  # (collective)
         metrics |= update.metrics()  # (collective)
-        if experience.ref_logprobs is not None:
+        if experience.ref_logprobs is not None and bool(experience.mask.any()):
             kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
 
         with timer.phase("hand_over"):
@@ -139,14 +139,15 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         if validate and (step % config.validation.every == 0 or step == steps):
             with timer.phase("testing"):
                 measured = validation = validate(step)  # (collective)
+        metrics |= measured
+        if world.is_main:
+            write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
         new_best = bool(measured) and best.offer(step, measured)
         last = step == steps and config.checkpoint.last
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             state = {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict(), "validation": validation}
-            run.save(step, models.engines, state, "actor")  # (collective)
-        if world.is_main:
-            write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
-        run.end_step(step, metrics | measured | accounting(rollout, actor_updates=len(update.steps["actor"])))
+            run.save(step, metrics, models.engines, state, "actor")  # (collective)
+        run.end_step(step, metrics | accounting(rollout, actor_updates=len(update.steps["actor"])))
 
 
 # --------------------------------------------------------------------------------------------------------------------------

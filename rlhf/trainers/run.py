@@ -95,18 +95,28 @@ class Run:
         self.state = self.checkpoints.load(self.resume_from, engines)
         self.best.value, self.best.step = self.state["best"]["value"], self.state["best"]["step"]
         step = int(self.state["step"])
+        self.log.complete(step, self.state["metrics"])
         done = "the run is complete; --resume never starts it afresh" if step >= steps else f"going on after step {step}"
         self.console.message(f"resumed from {self.resume_from}: {done}")
         return step
 
     def save(
-        self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any], exported: str, statistics: tuple[float, float] | None = None
+        self,
+        step: int,
+        metrics: dict[str, float],
+        engines: dict[str, TrainEngine],
+        state: dict[str, Any],
+        exported: str,
+        statistics: tuple[float, float] | None = None,
     ) -> Path:
-        """A checkpoint with the model `exported` as HF folder and adapter. (collective)"""
+        """A checkpoint with the model `exported` as HF folder and adapter. (collective)
+
+        metrics: of this step, whose line is written after the checkpoint; a kill between the two must not lose it.
+        """
         with self.timer.phase("save_checkpoint"):
             best = {"metric": self.best.metric, "value": self.best.value, "step": self.best.step}
             export = self._exporter(engines[exported], statistics) if self.config.checkpoint.save_hf else None
-            return self.checkpoints.save(step, engines, {**state, "best": best}, self.best.step, export)
+            return self.checkpoints.save(step, engines, {**state, "best": best, "metrics": metrics}, self.best.step, export)
 
     def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None) -> Callable[[Path], None]:
         role = engine.config

@@ -64,16 +64,17 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
         if held_out and (step % config.validation.every == 0 or step == steps):
             with run.timer.phase("testing"):
                 measured = validation = held_out_loss(actor, held_out, config, pad, world)  # (collective)
+        metrics |= measured
         new_best = bool(measured) and best.offer(step, measured)
         last = step == steps and config.checkpoint.last
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            run.save(step, {"actor": actor}, {"sampler": sampler.state_dict(), "validation": validation}, "actor")  # (collective)
+            run.save(step, metrics, {"actor": actor}, {"sampler": sampler.state_dict(), "validation": validation}, "actor")  # (collective)
         lengths = torch.tensor([len(s.input_ids) for s in batch]).numpy()
         run.timer.add(
             "update_actor", int(lengths.sum()) // world.size, update_flops(shape, lengths, tokens, config.actor.lora is not None) / world.size
         )
         timing = run.timer.metrics(device_peak_flops(), step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=peak_memory_mb())
-        run.end_step(step, metrics | measured | timing)
+        run.end_step(step, metrics | timing)
 
 
 def total_steps(config: Config, rows: int) -> int:

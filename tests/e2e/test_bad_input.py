@@ -1,0 +1,182 @@
+"""What users get wrong, and what data and rewards do wrong: named before a model loads, or counted and survived."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import Ground, grpo_recipe, sft_recipe
+from tests.e2e.programs import Outcome, Program, engine_hashes, metrics, run, samples, steps, succeed, weight_hashes, write_jsonl
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    """Exit code 2 and one message, once, without a traceback."""
+    assert outcome.code == 2, outcome.out[-3000:]
+    assert outcome.out.count("error: ") == 1, outcome.out[-3000:]
+    assert "Traceback" not in outcome.out
+    for part in parts:
+        assert part in outcome.out, outcome.out[-3000:]
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Before a model loads. Where a model folder is named, its weights are not readable: a run that got so far would say something else.
+
+
+def test_forty_malformed_rows_stop_the_run(ground: Ground) -> None:
+    """Through the launcher: one message from two ranks, with file and line."""
+    recipe = sft_recipe(ground, actor={"path": ground.folder / "unreadable"}, data={"train": {"path": ground.folder / "malformed.jsonl"}})
+    outcome = run(ground.recipe("malformed", recipe), env=ground.env)
+    assert_refused(outcome, "40 bad rows", "data.on_bad_row=skip", "malformed.jsonl:1: blank line", "malformed.jsonl:17: ", "... and 30 more")
+    assert not (ground.run_dir("malformed") / "checkpoints").exists()
+
+
+def test_wrong_keys_values_and_tasks(ground: Ground) -> None:
+    """Found before torch is imported, so in a second; file and line are named."""
+    good = ground.recipe("keys", sft_recipe(ground))
+    text = good.read_text()
+    line = 1 + text.splitlines().index("  learning_rate: 0.004")
+    wrong_key = good.with_name("wrong_key.yaml")
+    wrong_key.write_text(text.replace("  learning_rate: 0.004", "  learning_rat: 0.004"))
+    wrong_task = good.with_name("wrong_task.yaml")
+    wrong_task.write_text(text.replace("task: sft", "task: dpo"))
+    cases = [
+        (wrong_key, [], [f"{wrong_key}:{line}: unknown key `actor.learning_rat`", "did you mean `actor.learning_rate`?"]),
+        (wrong_task, [], ["`task`", "'sft', 'reward_model' or 'rl'", "(given: 'dpo')"]),
+        (good, ["actor.learning_rte=1"], ["command line: unknown key `actor.learning_rte`", "did you mean `actor.learning_rate`?"]),
+        (good, ["actor.learning_rate=fast"], ["command line: `actor.learning_rate`", "(given: 'fast')"]),
+        (good, ["nonsense"], ["override 'nonsense': write key.sub=value"]),
+        (good, ["train.micro_batch=0"], ["`train.micro_batch`", "greater than or equal to 1"]),
+        (good.with_name("absent.yaml"), [], ["absent.yaml: No such file"]),
+    ]
+    for recipe, arguments, parts in cases:
+        outcome = run(recipe, *arguments, launcher="python", env=ground.env)
+        assert_refused(outcome, *parts)
+        assert outcome.seconds < 10
+
+
+def test_wrong_folders_and_functions(ground: Ground) -> None:
+    """Model folders, reward functions, verifier, DeepSpeed JSON and resume path; all started together, as they take seconds of imports."""
+    binary = ground.folder / "binary"
+    shutil.copytree(ground.folder / "base", binary)
+    (binary / "model.safetensors").rename(binary / "pytorch_model.bin")
+    recipe = ground.recipe("folders", grpo_recipe(ground, ground.folder / "unreadable"))
+    cases = {
+        f"actor.path={ground.folder}/absent": ["actor.path=", "no such model folder"],
+        f"actor.path={binary}": ["actor.path=", "no *.safetensors in it", "save_pretrained"],
+        "reward.components.0.function=exact_mach": ["reward function 'exact_mach': unknown", "did you mean 'exact_match'?"],
+        "reward.components.0.function=e2e_rewards:letter_b": ["e2e_rewards has no 'letter_b'", "did you mean 'letter_a'?"],
+        "validation.verifier=exact_mach": ["reward function 'exact_mach': unknown"],
+        "deepspeed=ds_configs/zero4.json": ["deepspeed=ds_configs/zero4.json: no such file"],
+        "--resume=/absent/checkpoint-1": ["/absent/checkpoint-1: no readable manifest.json", "--resume never"],
+    }
+    extra = {"validation.verifier=exact_mach": [f"validation.data.path={ground.folder}/held_out.jsonl"]}
+    programs = {}
+    for i, override in enumerate(cases):
+        arguments = [f"run_dir={ground.folder}/runs/folders-{i}", override, *extra.get(override, [])]
+        programs[override] = Program(recipe, *arguments, launcher="python", env=ground.env)
+    for override, program in programs.items():
+        assert_refused(program.wait(), *cases[override])
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# While it runs
+
+
+def lossy_rows() -> list[dict[str, str]]:
+    """Three steps of eight prompts in file order. After `x` the model ends at once, else it never does; `z` raises, `y` gives None."""
+    mixed = ["abx", "cdx", "abc", "abd", "az", "bz", "ay", "gh"]
+    all_lost = ["ay", "by", "cy", "dy", "ey", "fy", "gy", "az"]
+    endless = ["ab", "ac", "ad", "ae", "af", "ag", "ah", "bc"]
+    return [{"prompt": p} for p in [*mixed, *all_lost, "toolongaprompt", *endless]]
+
+
+def lossy_recipe(ground: Ground, **changes: Any) -> dict[str, Any]:
+    return {
+        "task": "rl",
+        "actor": {"path": ground.folder / "ends", "learning_rate": 1e-4},
+        "data": {"train": {"path": ground.folder / "lossy.jsonl"}, "shuffle": False, "max_prompt_tokens": 8},
+        "reward": {"components": [{"function": "e2e_rewards:early_letters"}], "missing_eos_penalty": 0.5},
+        "rollout": {"prompts": 8, "group_size": 2, "max_new_tokens": 5},
+        "algorithm": {"name": "grpo"},
+        "validation": {"samples": 1000},
+        "train": {"steps": 3, "micro_batch": 4},
+        "checkpoint": {"every": 1, "keep_last": 9},
+        **changes,
+    }
+
+
+def assert_lossy_run(run_dir: Path, model: Path) -> None:
+    assert steps(run_dir) == [1, 2, 3]
+    first, second, third = metrics(run_dir)
+    # Step 1: `z` raised and `y` gave None, twice each for z: those samples are lost, the others have their rewards.
+    assert first["reward/invalid"] == 6
+    assert first["reward_failures/early_letters/raised ValueError"] == 4 and first["reward_failures/early_letters/None"] == 2
+    assert first["train/skipped_updates"] == 0 and first["actor/grad_norm"] > 0
+    for row in samples(run_dir, 1):
+        if row["prompt"].endswith("x"):  # an empty response: the end token alone, which is scored and trains
+            assert (row["completion"], row["length"], row["stop_reason"], row["reward"]) == ("", 1, "eos", -1.0)
+        else:
+            assert (row["length"], row["stop_reason"]) == (5, "length")
+        if row["prompt"][-1] in "yz":
+            assert row["components"]["early_letters"] is None and row["reward"] == 0 and row["advantage"] == 0
+        elif not row["prompt"].endswith("x"):
+            assert row["reward"] == pytest.approx(row["components"]["early_letters"] - 0.5, abs=1e-6)  # never ended: the penalty
+    assert first["response_length/clip_ratio"] == 12 / 16
+    # Step 2: all lost, so nothing is trained, by any rank, and neither is an old gradient (trap 22).
+    assert second["reward/invalid"] == 16
+    assert second["train/skipped_updates"] == 1 and "actor/grad_norm" not in second
+    folders = [run_dir / "checkpoints" / f"checkpoint-{n}" for n in (1, 2, 3)]
+    assert engine_hashes(folders[0]) == engine_hashes(folders[1]) != engine_hashes(folders[2])
+    assert weight_hashes(folders[0]) == weight_hashes(folders[1]) != weight_hashes(folders[2])
+    before, after = (load_file(f / "model.safetensors") for f in (model, folders[0] / "hf"))
+    assert any(not torch.equal(before[name], after[name]) for name in before), "the samples that were not lost did not train"
+    # Step 3: nothing ends, and training goes on.
+    assert third["reward/invalid"] == 0 and third["train/skipped_updates"] == 0 and third["actor/grad_norm"] > 0
+    assert third["response_length/clip_ratio"] == 1.0
+
+
+def test_samples_are_lost_and_the_run_goes_on(ground: Ground) -> None:
+    """trap 22, 27, through the launcher on two ranks: an over-long prompt, empty and endless responses, a reward that raises or gives None."""
+    write_jsonl(ground.folder / "lossy.jsonl", lossy_rows())
+    outcome = succeed(ground.recipe("lossy", lossy_recipe(ground)), env=ground.env)
+    assert "lossy: 24 rows, 1 dropped (longer than data.max_prompt_tokens=8)" in outcome.out
+    assert_lossy_run(ground.run_dir("lossy"), ground.folder / "ends")
+
+
+@pytest.mark.slow
+def test_samples_are_lost_under_ppo_too(ground: Ground) -> None:
+    """With a critic, a reference and a KL coefficient that must not move when nothing was learnt; the long prompt is truncated and kept."""
+    rows = lossy_rows()
+    rows.append(rows.pop(16))  # the long one last, so that it is the 25th
+    write_jsonl(ground.folder / "lossy-ppo.jsonl", rows)
+    recipe = lossy_recipe(
+        ground,
+        data={"train": {"path": ground.folder / "lossy-ppo.jsonl"}, "shuffle": False, "max_prompt_tokens": 8, "on_long_prompt": "truncate"},
+        algorithm={"name": "ppo", "kl": {"coef": 0.1, "controller": "adaptive", "target": 0.1, "horizon": 100}},
+    )
+    outcome = succeed(ground.recipe("lossy-ppo", recipe), env=ground.env)
+    assert "lossy-ppo: 25 rows, 1 truncated" in outcome.out
+    run_dir = ground.run_dir("lossy-ppo")
+    assert_lossy_run(run_dir, ground.folder / "ends")
+    assert "critic/grad_norm" not in metrics(run_dir)[1]
+    states = [json.loads((run_dir / "checkpoints" / f"checkpoint-{n}" / "trainer_state.json").read_text()) for n in (1, 2, 3)]
+    assert states[0]["kl_controller"] == states[1]["kl_controller"] != states[2]["kl_controller"]
+
+
+def test_a_failing_rank_ends_the_job(ground: Ground) -> None:
+    """Rank 1 raises in the update while rank 0 waits for it: all processes end at once, and the cause is on the screen."""
+    recipe = lossy_recipe(ground, reward={"components": [{"function": "e2e_broken_rank:zero"}]})
+    write_jsonl(ground.folder / "lossy.jsonl", lossy_rows())
+    program = Program(ground.recipe("broken_rank", recipe), env=ground.env)
+    outcome = program.wait(100)  # the process group would wait for half an hour
+    assert outcome.code not in (0, 2)
+    assert "RuntimeError: rank one breaks here" in outcome.out and "Traceback" in outcome.out
+    assert outcome.out.index("rank one breaks here") < outcome.out.index("exits with return code")
