@@ -234,6 +234,9 @@ class TrainEngine:
         trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not trainable:
             raise ValueError(f"{name}: no trainable parameter")
+        # DeepSpeed allocates the whole bucket, by default 500 million gradients, also for a model that has fewer.
+        zero = settings["zero_optimization"] = dict(settings["zero_optimization"])
+        zero.setdefault("reduce_bucket_size", min(500_000_000, sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
         )
