@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# All checks, quick ones first. --full (and CI) adds the slow tests. Tests on a GPU: .venv/bin/pytest -m gpu
+# All checks, quick ones first. --full adds the slow tests. Tests on a GPU: .venv/bin/pytest -m gpu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 marks="not gpu and not slow"
-[ -z "${CI:-}" ] || marks="not gpu"
 for argument in "$@"; do
     case "$argument" in
         --full) marks="not gpu" ;;
