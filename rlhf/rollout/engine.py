@@ -91,7 +91,7 @@ class HybridEngine:
             if on_finished:
                 on_finished(ended)
         lengths, responses = lengths.cpu(), responses.cpu()
-        prompt_lengths = torch.tensor([len(p.input_ids) for p in rows])
+        prompt_lengths = torch.tensor([len(p.input_ids) for p in rows], dtype=torch.int64)  # also on a rank without rows
         input_ids = torch.full((len(rows), int((prompt_lengths + lengths).max()) if rows else 0), self.pad_token_id)
         for i, prompt in enumerate(rows):
             p, n = len(prompt.input_ids), int(lengths[i])
