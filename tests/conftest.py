@@ -24,16 +24,14 @@ settings.load_profile("rlhf")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """DeepSpeed compiles its CPU collectives on first use (25-70 s). Here, where no test's time runs: a compiler that is killed leaves a
-    lock file on which everything after it waits for ever."""
+    """DeepSpeed compiles its CPU collectives at its first start (25-70 s): here, where no test's time runs."""
     if not any({"distributed", "e2e"} & set(item.path.parts) for item in session.items) or session.config.option.collectonly:
         return
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    program = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
-    try:
-        subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, timeout=400)
-    except subprocess.TimeoutExpired:
-        pytest.exit("DeepSpeed's CPU collectives did not compile in 400 s; remove a stale lock: rm ~/.cache/torch_extensions/*/*/lock", 3)
+    program = (
+        "from rlhf.distributed import init_world; from rlhf.engine import loading_context;"
+        "loading_context({'zero_optimization': {'stage': 0}}, init_world(1))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, check=True, capture_output=True, timeout=600)
 
 
 @pytest.fixture(scope="session")

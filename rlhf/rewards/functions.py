@@ -176,6 +176,13 @@ class FunctionReward:
             if self._accepted is not None and key not in self._accepted:
                 raise ValueError(f"reward function {config.function!r}: takes no argument {key!r}; {_nearest(key, sorted(self._accepted))}")
 
+    def check_columns(self, columns: set[str]) -> None:
+        """Raises ValueError if the function needs what is neither a column of the data nor among `arguments`: it would lose every sample."""
+        given = {"prompts", "completions", "completion_ids", "source", *columns, *self.arguments}
+        for name in sorted(_required_names(self.function) - given):
+            near = _nearest(name, sorted(columns | set(self.arguments)))
+            raise ValueError(f"reward function {self.name!r}: needs {name!r}, which is no column of the data and not set under `arguments`; {near}")
+
     def score(
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
     ) -> tuple[list[float | None], Counter[str]]:
@@ -244,6 +251,14 @@ def _accepted_names(function: RewardFunction) -> set[str] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _required_names(function: RewardFunction) -> set[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # built-in without a signature
+        return set()
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty}
 
 
 def _number(result: Any) -> float:

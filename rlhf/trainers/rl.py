@@ -58,6 +58,11 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     prompts, report = load_prompts(config.data.train, config.data, tokenizer)
     held_out, held_out_report = load_prompts(config.validation.data, config.data, tokenizer) if config.validation.data else ([], None)
     verifier = FunctionReward(RewardComponentConfig(function=config.validation.verifier)) if held_out else None
+    for component in config.reward.components:
+        if component.function:
+            FunctionReward(component).check_columns({name for p in prompts for name in p.columns})
+    if verifier:
+        verifier.check_columns({name for p in held_out for name in p.columns})
 
     best = Best(config.validation.best_metric or _accuracy_metric(held_out), config.validation.best_mode or "max")
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)

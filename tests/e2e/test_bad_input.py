@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Ground, grpo_recipe, sft_recipe
-from tests.e2e.programs import Outcome, Program, engine_hashes, metrics, run, samples, steps, succeed, weight_hashes, write_jsonl
+from tests.e2e.programs import ROOT, Outcome, Program, engine_hashes, environment, metrics, run, samples, steps, succeed, weight_hashes, write_jsonl
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -34,7 +37,14 @@ def test_forty_malformed_rows_stop_the_run(ground: Ground) -> None:
     """Through the launcher: one message from two ranks, with file and line."""
     recipe = sft_recipe(ground, actor={"path": ground.folder / "unreadable"}, data={"train": {"path": ground.folder / "malformed.jsonl"}})
     outcome = run(ground.recipe("malformed", recipe), env=ground.env)
-    assert_refused(outcome, "40 bad rows", "data.on_bad_row=skip", "malformed.jsonl:1: blank line", "malformed.jsonl:17: ", "... and 30 more")
+    assert_refused(
+        outcome,
+        "40 bad rows",
+        "data.on_bad_row=skip",
+        "malformed.jsonl:1: blank line",
+        "malformed.jsonl:16: not valid JSON: Expecting ',' delimiter",
+        "... and 30 more",
+    )
     assert not (ground.run_dir("malformed") / "checkpoints").exists()
 
 
@@ -62,28 +72,48 @@ def test_wrong_keys_values_and_tasks(ground: Ground) -> None:
         assert outcome.seconds < 10
 
 
+STARTS = """
+import contextlib, io, json, sys
+import train_rlhf
+results = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["train_rlhf.py", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = train_rlhf.main()
+    results.append([code, stderr.getvalue()])
+print(json.dumps(results))
+"""
+
+
 def test_wrong_folders_and_functions(ground: Ground) -> None:
-    """Model folders, reward functions, verifier, DeepSpeed JSON and resume path; all started together, as they take seconds of imports."""
+    """Model folders, reward functions, verifier, DeepSpeed JSON and resume path, one start after the other in one process: imports take seconds."""
     binary = ground.folder / "binary"
     shutil.copytree(ground.folder / "base", binary)
     (binary / "model.safetensors").rename(binary / "pytorch_model.bin")
     recipe = ground.recipe("folders", grpo_recipe(ground, ground.folder / "unreadable"))
-    cases = {
-        f"actor.path={ground.folder}/absent": ["actor.path=", "no such model folder"],
-        f"actor.path={binary}": ["actor.path=", "no *.safetensors in it", "save_pretrained"],
-        "reward.components.0.function=exact_mach": ["reward function 'exact_mach': unknown", "did you mean 'exact_match'?"],
-        "reward.components.0.function=e2e_rewards:letter_b": ["e2e_rewards has no 'letter_b'", "did you mean 'letter_a'?"],
-        "validation.verifier=exact_mach": ["reward function 'exact_mach': unknown"],
-        "deepspeed=ds_configs/zero4.json": ["deepspeed=ds_configs/zero4.json: no such file"],
-        "--resume=/absent/checkpoint-1": ["/absent/checkpoint-1: no readable manifest.json", "--resume never"],
-    }
-    extra = {"validation.verifier=exact_mach": [f"validation.data.path={ground.folder}/held_out.jsonl"]}
-    programs = {}
-    for i, override in enumerate(cases):
-        arguments = [f"run_dir={ground.folder}/runs/folders-{i}", override, *extra.get(override, [])]
-        programs[override] = Program(recipe, *arguments, launcher="python", env=ground.env)
-    for override, program in programs.items():
-        assert_refused(program.wait(), *cases[override])
+    unanswered = write_jsonl(ground.folder / "unanswered.jsonl", [{"prompt": "ab>"}])
+    held_out = f"validation.data.path={ground.folder}/held_out.jsonl"
+    cases = [
+        ([f"actor.path={ground.folder}/absent"], ["actor.path=", "no such model folder"]),
+        ([f"actor.path={binary}"], ["actor.path=", "no *.safetensors in it", "save_pretrained"]),
+        (["reward.components.0.function=exact_mach"], ["reward function 'exact_mach': unknown", "did you mean 'exact_match'?"]),
+        (["reward.components.0.function=e2e_rewards:letter_b"], ["e2e_rewards has no 'letter_b'", "did you mean 'letter_a'?"]),
+        (["reward.components.0.function=e2e_reward:letter_a"], ["importing 'e2e_reward' failed"]),
+        (["reward.components.0={function: length_penalty, arguments: {targt: 3}}"], ["'length_penalty': needs 'target'", "did you mean 'targt'?"]),
+        (["reward.components.0.function=exact_match", f"data.train.path={unanswered}"], ["'exact_match': needs 'answer', which is no column"]),
+        ([held_out, "validation.verifier=exact_mach"], ["reward function 'exact_mach': unknown"]),
+        (["deepspeed=ds_configs/zero4.json"], ["deepspeed=ds_configs/zero4.json: no such file"]),
+        (["data.train.path=/absent.jsonl"], ["data source path=/absent.jsonl: no such file"]),
+        (["--resume=/absent/checkpoint-1"], ["/absent/checkpoint-1: no readable manifest.json", "--resume never"]),
+    ]
+    starts = json.dumps([["--config", str(recipe), *arguments] for arguments, _ in cases])
+    env = environment(**{**ground.env, "PYTHONPATH": f"{ground.env['PYTHONPATH']}:{ROOT}"})
+    done = subprocess.run([sys.executable, "-c", STARTS, starts], capture_output=True, text=True, env=env, timeout=110)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (code, message), (arguments, parts) in zip(json.loads(done.stdout.splitlines()[-1]), cases, strict=True):
+        assert code == 2 and message.startswith("error: ") and "Traceback" not in message, (arguments, message)
+        for part in parts:
+            assert part in message, (arguments, message)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -169,6 +199,21 @@ def test_samples_are_lost_under_ppo_too(ground: Ground) -> None:
     assert "critic/grad_norm" not in metrics(run_dir)[1]
     states = [json.loads((run_dir / "checkpoints" / f"checkpoint-{n}" / "trainer_state.json").read_text()) for n in (1, 2, 3)]
     assert states[0]["kl_controller"] == states[1]["kl_controller"] != states[2]["kl_controller"]
+
+
+def test_a_lock_that_a_killed_process_left(ground: Ground) -> None:
+    """DeepSpeed compiles an operator behind a lock file; left behind by a kill it would hang every later start without a word."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{get_default_build_root()}/py3{sys.version_info.minor}_cpu") / "deepspeed_shm_comm"
+    if not (cache / "deepspeed_shm_comm.so").is_file() or (cache / "lock").exists():
+        pytest.skip("the operator is not compiled yet")
+    own = ground.folder / "extensions"
+    shutil.copytree(cache, own / cache.name)
+    (own / cache.name / "lock").touch()
+    recipe = ground.recipe("lock", sft_recipe(ground, train={"steps": 1}, checkpoint={"last": False}, validation={}))
+    outcome = succeed(recipe, launcher="python", env={**ground.env, "TORCH_EXTENSIONS_DIR": str(own)})
+    assert "left behind by a killed process, removed" in outcome.out
 
 
 def test_a_failing_rank_ends_the_job(ground: Ground) -> None:
