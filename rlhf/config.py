@@ -134,7 +134,11 @@ class SourceConfig(Section):
     task: str | None = Field(None, description="name of a reasoning-gym task")
     task_config: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that task")
     size: int | None = Field(None, ge=1, description="rows to take (files: the first `size`; tasks: how many to generate; tasks default to 1,000)")
-    seed: int = Field(0, ge=0, description="seed of the task generator")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="seed of the task generator; row i is made from seed + i, so keep the seeds of two sources further apart than their sizes",
+    )
     name: str | None = Field(None, description="name in metrics; default: the file's stem or the task's name")
     prompt_key: str = Field("prompt", description="column of the prompt: text or a list of {role, content}")
     response_key: str = Field("response", description="column of the demonstration (sft); may be missing if the prompt is a whole conversation")
