@@ -1,0 +1,196 @@
+"""The gradient does not depend on how the data is split (traps 5, 6, 23, 25): PPO (policy and critic) and GRPO in float32.
+
+Measured on weight changes under SGD with learning rate 1, against a plain PyTorch program that walks row by row, without padding,
+and against one rank with everything in one forward.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.distributed import World
+from rlhf.types import Rollout, Scores
+from tests.distributed.steps import experience_of, open_models, update, weights
+from tests.helpers import make_rollout, make_scores, relative, rl_config, run_ranks
+
+TEMPERATURE = 0.7
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "ppo": {"name": "ppo", "truncation": "bootstrap", "entropy_coef": 0.01, "kl": {"coef": 0.3}},
+    "grpo": {"name": "grpo", "loss_mean": "sequences", "kl": {"coef": 0.1, "place": "loss", "estimator": "k2"}},
+    "dr_grpo": {"name": "grpo", "group_scale": "none", "loss_mean": "constant", "truncation": "mask", "entropy_coef": 0.01},
+}
+
+
+def data() -> tuple[Rollout, Scores]:
+    """15 rows (5 groups of 3): an odd number, unequal lengths, one row without a score, one cut by the window."""
+    prompt_lengths = [4, 4, 4, 9, 9, 9, 2, 2, 2, 6, 6, 6, 3, 3, 3]
+    response_lengths = [3, 8, 1, 5, 7, 2, 4, 12, 6, 9, 1, 10, 5, 5, 11]
+    rollout = make_rollout(prompt_lengths, response_lengths, window=12, group_size=3, cut=(7,))
+    generator = torch.Generator().manual_seed(11)
+    return rollout, make_scores(torch.randn(15, generator=generator).tolist(), invalid=(4,))
+
+
+def step_on_ranks(world: World, models: Path, algorithm: str, stage: int, micro_batch: int, minibatches: int) -> dict[str, dict[str, Tensor]]:
+    # Several steps at rate 1 would blow rounding up: each starts where the one before has landed.
+    rate = {"learning_rate": 1.0 if minibatches == 1 else 0.1}
+    config = rl_config(
+        models,
+        stage,
+        actor=rate,
+        critic={**rate, "init": "path", "path": models / "scalar", "head": "keep"},
+        reference={"path": models / "reference"},
+        algorithm={**ALGORITHMS[algorithm], "minibatches": minibatches},
+        rollout={"prompts": 5, "group_size": 3, "max_new_tokens": 12, "temperature": TEMPERATURE},
+        train={"micro_batch": micro_batch},
+    )
+    held, run = open_models(config, world)
+    before = {name: weights(engine) for name, engine in held.engines.items()}
+    update(held, run, experience_of(held, run, *data()))
+    after = {name: weights(engine) for name, engine in held.engines.items()}
+    return {name: {n: after[name][n] - before[name][n] for n in before[name]} for name in before}
+
+
+_whole: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = {}
+
+
+def whole(models: Path, algorithm: str, minibatches: int) -> dict[str, dict[str, Tensor]]:
+    """One rank, stage 0, a minibatch in a single forward."""
+    key = (algorithm, minibatches)
+    if key not in _whole:
+        _whole[key] = run_ranks(step_on_ranks, 1, models, algorithm, 0, 15, minibatches)[0]
+    return _whole[key]
+
+
+def assert_same(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int) -> None:
+    expected = whole(models, algorithm, minibatches)
+    for result in run_ranks(step_on_ranks, ranks, models, algorithm, stage, micro_batch, minibatches):
+        for name, delta in expected.items():
+            assert relative(result[name], delta) < 1e-5, name
+
+
+# algorithm, ranks, ZeRO stage, rows per forward, minibatches: every pair of values of two columns meets at least once.
+PAIRWISE = [
+    ("ppo", 2, 3, 3, 1),
+    ("ppo", 2, 2, 8, 3),
+    ("ppo", 1, 3, 1, 3),
+    ("ppo", 2, 0, 1, 1),
+    ("ppo", 1, 1, 8, 1),
+    ("grpo", 2, 3, 8, 3),
+    ("grpo", 2, 1, 3, 3),
+    ("grpo", 1, 2, 1, 1),
+    ("dr_grpo", 2, 1, 1, 1),
+    ("dr_grpo", 2, 3, 3, 3),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches"), PAIRWISE)
+def test_gradient_is_the_same_pairwise(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int) -> None:
+    """trap 5, trap 6, trap 25"""
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage", "micro_batch", "minibatches"), list(itertools.product((1, 2), (0, 1, 2, 3), (1, 3, 8), (1, 3))))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gradient_is_the_same_full_grid(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int) -> None:
+    """trap 5, trap 6, trap 25"""
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# The same step, row by row
+
+
+def row_logits(model: Any, rollout: Rollout, row: int) -> Tensor:
+    """[n, V] logits that score the n response tokens, at the sampling temperature."""
+    p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+    ids = rollout.input_ids[row, : p + n]
+    return model(ids[None]).logits[0, p - 1 : -1] / TEMPERATURE
+
+
+def row_logprobs(model: Any, rollout: Rollout, row: int) -> tuple[Tensor, Tensor]:
+    distribution = row_logits(model, rollout, row).log_softmax(-1)
+    ids = torch.tensor(rollout.response_ids(row))
+    return distribution[torch.arange(len(ids)), ids], -(distribution.exp() * distribution).sum(-1)
+
+
+def row_values(model: Any, rollout: Rollout, row: int) -> Tensor:
+    """[n + 1] values before each response token and after the last."""
+    p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+    hidden = model.model(rollout.input_ids[None, row, : p + n]).last_hidden_state
+    return model.score(hidden)[0, p - 1 :, 0]
+
+
+def plain_ppo(models: Path) -> dict[str, dict[str, Tensor]]:
+    """Weight changes of one SGD step at learning rate 1, worked out without rlhf."""
+    rollout, scores = data()
+    actor, reference = (AutoModelForCausalLM.from_pretrained(models / name, attn_implementation="eager") for name in ("llama", "reference"))
+    critic = AutoModelForSequenceClassification.from_pretrained(models / "scalar", attn_implementation="eager")
+    rows = [row for row in range(15) if scores.valid[row]]
+    tokens = sum(int(rollout.response_lengths[row]) for row in rows)
+    advantages, returns = {}, {}
+    for row in rows:
+        with torch.no_grad():
+            values = row_values(critic, rollout, row).tolist()
+            kl = (row_logprobs(actor, rollout, row)[0] - row_logprobs(reference, rollout, row)[0]).tolist()
+        ended = bool(rollout.finished[row])
+        values[-1] = 0.0 if ended else values[-1]
+        rewards = [-0.3 * k for k in kl]
+        rewards[-1] += float(scores.total[row]) if ended else 0.0
+        running, found = 0.0, []
+        for t in reversed(range(len(rewards))):
+            running = rewards[t] + values[t + 1] - values[t] + 0.95 * running
+            found.append(running)
+        advantages[row] = torch.tensor(found[::-1])
+        returns[row] = advantages[row] + torch.tensor(values[:-1])
+    every = torch.cat(list(advantages.values())).double()
+    mean, deviation = every.mean(), every.var(correction=0).sqrt()
+    for row in rows:
+        logprobs, entropy = row_logprobs(actor, rollout, row)
+        # On policy the clipped surrogate's gradient is that of advantage * logprob.
+        loss = (-((advantages[row] - mean) / deviation).float() * logprobs - 0.01 * entropy).sum()
+        (loss / tokens).backward()
+        (0.5 * ((row_values(critic, rollout, row)[:-1] - returns[row]) ** 2).sum() / tokens).backward()
+    return {"actor": changes(actor), "critic": changes(critic)}
+
+
+def plain_grpo(models: Path) -> dict[str, dict[str, Tensor]]:
+    rollout, scores = data()
+    actor, reference = (AutoModelForCausalLM.from_pretrained(models / name, attn_implementation="eager") for name in ("llama", "reference"))
+    rows = [row for row in range(15) if scores.valid[row]]
+    for row in rows:
+        group = [scores.total[other].item() for other in rows if other // 3 == row // 3]
+        mean = sum(group) / len(group)
+        deviation = (sum((x - mean) ** 2 for x in group) / (len(group) - 1)) ** 0.5
+        logprobs, _ = row_logprobs(actor, rollout, row)
+        with torch.no_grad():
+            against = row_logprobs(reference, rollout, row)[0]
+        loss = -(scores.total[row].item() - mean) / deviation * logprobs + 0.1 * 0.5 * (logprobs - against) ** 2
+        (loss.mean() / len(rows)).backward()
+    return {"actor": changes(actor)}
+
+
+def changes(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) if p.grad is None else -p.grad for name, p in model.named_parameters()}
+
+
+@lru_cache
+def plain(models: Path, algorithm: str) -> dict[str, dict[str, Tensor]]:
+    return {"ppo": plain_ppo, "grpo": plain_grpo}[algorithm](models)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_gradient_is_that_of_a_plain_program(models: Path, algorithm: str) -> None:
+    """trap 1, trap 4, trap 5, trap 6, trap 13, trap 16: every off-by-one, wrong mean or wrong temperature would show here."""
+    expected, found = plain(models, algorithm), whole(models, algorithm, 1)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert relative(found[name], expected[name]) < 1e-5, name
