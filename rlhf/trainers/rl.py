@@ -341,8 +341,9 @@ def policy_loss(forward: Callable[..., Any], batch: MicroBatch, config: Config, 
     if algorithm.entropy_coef:
         per_token = per_token - algorithm.entropy_coef * torch.where(mask, entropy, torch.zeros_like(entropy))
     if algorithm.kl.place == "loss" and algorithm.kl.coef:
-        kl = kl_loss(algorithm.kl.estimator, logprobs, columns["old_logprobs"], columns["ref_logprobs"])
-        kl = torch.where(mask, kl, torch.zeros_like(kl))
+        # Masked before the exponential: beyond a response it may overflow, and 0 * inf in the backward pass would be NaN everywhere.
+        kept = [torch.where(mask, x, torch.zeros_like(x)) for x in (logprobs, columns["old_logprobs"], columns["ref_logprobs"])]
+        kl = kl_loss(algorithm.kl.estimator, *kept)
         metrics["actor/kl_loss"] = kl.detach().sum()
         per_token = per_token + kl_coef * kl
     weight = 1 / mask.sum(1, keepdim=True).clamp(min=1) if algorithm.loss_mean == "sequences" else torch.ones_like(per_token[:, :1])
