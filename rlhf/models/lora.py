@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from rlhf.config import LoraConfig
 from rlhf.models.heads import ScalarModel
+
+# peft asks transformers for an attribute by its old name: nothing that a user could mend.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
