@@ -55,6 +55,7 @@ class WeightSource:
     lora_a: nn.Parameter | None = None
     lora_b: nn.Parameter | None = None
     scale: float = 0.0
+    transposed: bool = False  # the weight is stored [in, out] (gpt2's Conv1D)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -66,7 +67,7 @@ class WeightSource:
         if self.lora_a is None or self.lora_b is None:
             return weight
         update = self.lora_b.detach().float() @ self.lora_a.detach().float()
-        return (weight.float() + self.scale * update).to(weight.dtype)
+        return (weight.float() + self.scale * (update.T if self.transposed else update)).to(weight.dtype)
 
 
 def weight_layout(module: nn.Module) -> list[WeightSource]:
@@ -83,5 +84,6 @@ def weight_layout(module: nn.Module) -> list[WeightSource]:
             layout.append(WeightSource(plain, parameter))
         else:
             (adapter,) = layer.lora_A.keys()
-            layout.append(WeightSource(plain, parameter, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter])))
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            layout.append(WeightSource(plain, parameter, a, b, float(layer.scaling[adapter]), layer.fan_in_fan_out))
     return layout
