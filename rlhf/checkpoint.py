@@ -78,26 +78,43 @@ class Checkpoints:
     def find(self, resume: str) -> Path | None:
         """The folder that `--resume auto|never|PATH` means, checked against its manifest; None = start afresh. (collective)
 
-        Raises ValueError for a named folder that is damaged or none, RuntimeError when under `auto` the newest one is damaged.
+        Under `never`, and under PATH for what is not before it, the run folder's checkpoints are moved to `checkpoints-N`.
+        Raises ValueError for a folder that is damaged or none.
         """
         found: Path | None = None
         problem: str | None = None
-        if self.world.is_main and resume == "never" and self._steps():
-            number = 1
-            while (aside := self.folder.with_name(f"checkpoints-{number}")).exists():
-                number += 1
-            os.replace(self.folder, aside)  # another run's checkpoints are kept, but never mixed with this one's
-        if self.world.is_main and resume != "never":
+        if self.world.is_main:
+            for unfinished in self.folder.glob(".writing-*"):
+                shutil.rmtree(unfinished)
+            steps = self._steps()
             if resume == "auto":
-                steps = self._steps()
                 found = self.folder / f"checkpoint-{steps[-1]}" if steps else None
-            else:
-                found = Path(resume)
+            elif resume != "never":
+                found = Path(resume).resolve()  # `latest` is a link that will move
             problem = damage(found) if found else None
+            if resume != "auto" and not problem:
+                # What another history wrote is kept, but never mixed with this one's: among the last ones it would push out the new ones.
+                ours = found is not None and found.parent == self.folder.resolve()
+                self._set_aside([s for s in steps if not (ours and found and s <= _step_of(found))])
         found, problem = self.world.broadcast_object((found, problem))
         if problem:
             raise ValueError(f"--resume {resume}: {found}: {problem}; name another checkpoint, or --resume never to start afresh")
         return found
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move checkpoints to `checkpoints-N`."""
+        if not steps:
+            return
+        number = 1
+        while (aside := self.folder.with_name(f"checkpoints-{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for step in steps:
+            os.replace(self.folder / f"checkpoint-{step}", aside / f"checkpoint-{step}")
+        for name in ("latest", "best"):
+            link = self.folder / name
+            if link.is_symlink() and not link.exists():
+                os.replace(link, aside / name)
 
     def load(self, folder: Path, engines: Mapping[str, Saved]) -> dict[str, Any]:
         """Restore engines and generators, give back the trainer's state. (collective)"""
@@ -115,6 +132,11 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         names = [_NAME.fullmatch(p.name) for p in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted(int(m[1]) for m in names if m)
+
+
+def _step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def damage(folder: Path) -> str | None:
