@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="print the resolved config, batch arithmetic and placement, then stop")
     parser.add_argument("--local_rank", type=int, default=None, help="set by some launchers")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may stand between and after options
 
 
 def fit(config: Config, resume: str) -> None:
