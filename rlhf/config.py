@@ -102,11 +102,11 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on CPU")
     attention: str = Field("sdpa", description="attn_implementation of transformers")
     trust_remote_code: bool = Field(False, description="run code that the model folder ships")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON (path or mapping) for this role; default: the top-level one")
 
 
 class TrainedModelConfig(ModelConfig):
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     lora: LoraConfig | None = Field(None, description="train LoRA adapters instead of all weights")
     learning_rate: float = Field(1e-6, ge=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up, over the run's optimizer steps")
@@ -363,6 +363,15 @@ class Config(Section):
             need(self.train.steps is not None, "train.steps: give the number of rollout steps")
             need(bool(self.reward.components), "reward.components: give at least one function or model")
             need(any(c.weight for c in self.reward.components), "reward.components: every weight is 0, nothing would be learnt")
+            labels = [c.label for c in self.reward.components]
+            twice = next((name for name in labels if labels.count(name) > 1), None)
+            need(twice is None, f"reward.components: two are called {twice}, so their metrics would be one; give each a `name`")
+            truncation = self.algorithm.truncation
+            need(
+                truncation == "terminal" or not self.reward.missing_eos_penalty,
+                f"reward.missing_eos_penalty={self.reward.missing_eos_penalty:g}: has no effect under algorithm.truncation={truncation}, "
+                "which gives responses without an end no score; use truncation=terminal, or remove the penalty",
+            )
             rows = self.rollout.prompts * self.rollout.group_size
             need(
                 rows % self.algorithm.minibatches == 0,
@@ -373,6 +382,10 @@ class Config(Section):
             if self.algorithm.needs_critic:
                 if self.critic.init == "path":
                     need(self.critic.path is not None, "critic.path: critic.init=path needs it")
+                need(
+                    self.critic.path is None or self.critic.init == "path",
+                    f"critic.path={self.critic.path}: not read under critic.init={self.critic.init}; set critic.init=path, or remove it",
+                )
                 if self.critic.init == "reward":
                     need(any(c.model for c in self.reward.components), "critic.init=reward: no reward model among reward.components")
                 need(
@@ -564,7 +577,10 @@ def resolve_deepspeed(
     own("gradient_accumulation_steps", 1, "the accumulation that DeepSpeed may see (windows end where the trainer steps)")
     own("train_batch_size", micro_batch * world_size, "train.micro_batch x ranks")
     own("managed_gradient_accumulation", False, "who ends an accumulation window (the trainer)")
-    own("gradient_clipping", max_grad_norm, "max_grad_norm")
+    if trained:
+        own("gradient_clipping", max_grad_norm, "max_grad_norm")
+    else:
+        tree["gradient_clipping"] = 0.0
     bf16 = tree.get("bf16", {})
     if not isinstance(bf16, dict):
         raise ValueError(f'{origin}: `bf16` must be an object such as {{"enabled": "auto"}}')
@@ -588,8 +604,7 @@ def resolve_deepspeed(
     zero["overlap_comm"] = overlap
     if not trained:
         tree.pop("optimizer", None)
-        for key in ("offload_optimizer",):
-            zero.pop(key, None)
+        zero.pop("offload_optimizer", None)
         if stage in (1, 2):
             zero["stage"] = 0
     _resolve_auto(tree, origin)

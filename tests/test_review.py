@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from rlhf.checkpoint import Checkpoints
+from rlhf.config import parse_config, role_settings
 from tests.helpers import single_world
 
 
@@ -70,3 +74,35 @@ def test_overrides_may_stand_between_and_after_options() -> None:
 
     parsed = train_rlhf.parse_arguments(["--local_rank=0", "a.b=1", "--config", "x.yaml", "c=2", "--resume", "never", "d=3"])
     assert (parsed.overrides, parsed.resume, parsed.local_rank) == (["a.b=1", "c=2", "d=3"], "never", 0)
+
+
+_RL = {
+    "task": "rl",
+    "run_dir": "run",
+    "actor": {"path": "m"},
+    "data": {"train": {"path": "x.jsonl"}},
+    "reward": {"components": [{"function": "exact_match"}]},
+    "train": {"steps": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"critic": {"path": "c"}}, "critic.path=c: not read under critic.init=actor"),
+        ({"reward": {"components": [{"function": "exact_match"}, {"function": "exact_match"}]}}, "two are called exact_match"),
+        ({"reward": {**_RL["reward"], "missing_eos_penalty": 1.0}, "algorithm": {"truncation": "mask"}}, "no effect under algorithm.truncation=mask"),
+        ({"reference": {"gradient_checkpointing": True}}, "unknown key `reference.gradient_checkpointing`"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(sections: dict[str, Any], message: str) -> None:
+    parse_config(_RL)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_config({**_RL, **sections})
+
+
+def test_a_clip_in_the_json_does_not_refuse_the_frozen_models() -> None:
+    json_file = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}
+    config = parse_config({**_RL, "deepspeed": json_file, "algorithm": {"kl": {"coef": 0.1}}})
+    assert role_settings(config, config.actor, world_size=1, on_gpu=False)["gradient_clipping"] == 1.0
+    assert role_settings(config, config.reference, world_size=1, on_gpu=False)["gradient_clipping"] == 0.0
