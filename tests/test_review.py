@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from rlhf.checkpoint import Checkpoints
-from rlhf.config import parse_config, role_settings
-from tests.helpers import single_world
+from rlhf.config import RewardComponentConfig, parse_config, role_settings
+from rlhf.rewards import FunctionReward
+from rlhf.rewards.compose import score_with_function
+from rlhf.types import Rollout
+from tests.helpers import single_world, tiny_tokenizer
 
 
 class _Engine:
@@ -106,3 +109,11 @@ def test_a_clip_in_the_json_does_not_refuse_the_frozen_models() -> None:
     config = parse_config({**_RL, "deepspeed": json_file, "algorithm": {"kl": {"coef": 0.1}}})
     assert role_settings(config, config.actor, world_size=1, on_gpu=False)["gradient_clipping"] == 1.0
     assert role_settings(config, config.reference, world_size=1, on_gpu=False)["gradient_clipping"] == 0.0
+
+
+def test_a_rank_without_rows_scores_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    rollout = Rollout([], none, none, torch.zeros(0, 0, dtype=torch.int64), none, none, none.bool(), torch.zeros(0, 4))
+    function = FunctionReward(RewardComponentConfig(function="length_penalty", arguments={"target": 1}))
+    scores, failures = score_with_function(function, rollout, tiny_tokenizer(), single_world())
+    assert scores.shape == (0,) and not failures

@@ -27,7 +27,8 @@ def score_with_function(function: FunctionReward, rollout: Rollout, tokenizer: P
     names = sorted({name for p in prompts for name in p.columns})
     columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in names}
     columns["source"] = [p.source for p in prompts]
-    scores, failures = function.score([p.text for p in prompts], tokenizer.batch_decode(ids, skip_special_tokens=True), ids, columns)
+    completions = tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of nothing it makes one empty text
+    scores, failures = function.score([p.text for p in prompts], completions, ids, columns)
     values = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float32)
     total = world.gather_indexed(rows, values[:, None], len(rollout)).squeeze(1)
     return total, sum(world.gather_objects(failures), Counter())
