@@ -33,21 +33,23 @@ def fit(config: Config, resume: str) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    from rlhf.distributed import init_world
+    from rlhf.distributed import init_world, launch_environment
     from rlhf.engine import deterministic_kernels, seed_everything
     from rlhf.preflight import check
     from rlhf.trainers.reward_model import train_reward_model
     from rlhf.trainers.rl import train_rl
     from rlhf.trainers.sft import train_sft
 
-    check(config, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
-    world = init_world(config.threads)
-    seed_everything(config.seed, world.rank)
-    deterministic = config.deterministic if config.deterministic is not None else world.device.type == "cpu"
+    on_gpu = torch.cuda.is_available()
+    check(config, launch_environment()[1], on_gpu)
+    deterministic = config.deterministic if config.deterministic is not None else not on_gpu
     train = {"sft": train_sft, "reward_model": train_reward_model, "rl": train_rl}[config.task]
-    with deterministic_kernels(deterministic), ExitStack() as cleanup:
-        train(config, world, resume, cleanup)
-    world.close()
+    with deterministic_kernels(deterministic):
+        world = init_world(config.threads)
+        seed_everything(config.seed, world.rank)
+        with ExitStack() as cleanup:
+            train(config, world, resume, cleanup)
+        world.close()
 
 
 def refuse(error: ValueError) -> int:

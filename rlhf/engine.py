@@ -334,11 +334,12 @@ class TrainEngine:
 
 @contextlib.contextmanager
 def deterministic_kernels(enabled: bool) -> Iterator[None]:
-    """Bitwise reproducible kernels and reductions where torch has them."""
+    """Bitwise reproducible kernels and reductions where torch has them. Entered before the process group exists: NCCL looks when it starts."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
     try:
         yield
     finally:

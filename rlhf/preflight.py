@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 from transformers import PretrainedConfig
 
 from rlhf.config import Config, ModelConfig, RewardComponentConfig, TrainedModelConfig, critic_origin, role_dtype, role_settings, to_yaml
+from rlhf.distributed import launch_environment
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
 from rlhf.rewards import FunctionReward
@@ -36,7 +36,7 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
 
 def describe(config: Config) -> str:
     """Resolved config, batch arithmetic, and which model sits where under which DeepSpeed settings."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launch_environment()[1]
     on_gpu = torch.cuda.is_available()
     check(config, world_size, on_gpu)
     lines = [
