@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,17 +11,19 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import jaxtyping
 import pytest
 import torch
-from hypothesis import settings
-
-# The annotations of the pure layer (Float[Tensor, "b r"]) are checked in tests only.
-jaxtyping.install_import_hook("rlhf.ops", "beartype.beartype")
 
 torch.set_num_threads(1)  # forked ranks inherit a process without worker threads
-settings.register_profile("rlhf", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("rlhf")
+with contextlib.suppress(ImportError):  # a GPU machine may lack what only CPU tests need
+    import beartype  # noqa: F401
+    import jaxtyping
+    from hypothesis import settings
+
+    # The annotations of the pure layer (Float[Tensor, "b r"]) are checked in tests only.
+    jaxtyping.install_import_hook("rlhf.ops", "beartype.beartype")
+    settings.register_profile("rlhf", deadline=None, derandomize=True, max_examples=60)
+    settings.load_profile("rlhf")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

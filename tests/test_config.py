@@ -1,0 +1,302 @@
+"""The recipe: what is refused, and whether the message tells key, place and mend; DeepSpeed settings; registries (traps 2, 18, 19, 32)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from rlhf.config import (
+    FOREIGN_NAMES,
+    ROOT,
+    AlgorithmConfig,
+    Config,
+    CriticConfig,
+    KLConfig,
+    LoraConfig,
+    TrainedModelConfig,
+    flat_keys,
+    load_config,
+    parse_config,
+    read_deepspeed,
+    resolve_deepspeed,
+    role_settings,
+    to_yaml,
+)
+
+RECIPE = """\
+task: rl
+run_dir: runs/x
+actor:
+  path: models/m
+  learning_rate: 2e-6
+reward:
+  components:
+    function: exact_match
+data:
+  train:
+    path: train.jsonl
+algorithm:
+  name: grpo
+rollout:
+  group_size: 4
+train:
+  steps: 10
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    def write(text: str = RECIPE, *overrides: str, **replace: str) -> Config:
+        for old, new in replace.items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "recipe.yaml").write_text(text)
+        return load_config(tmp_path / "recipe.yaml", list(overrides))
+
+    return write
+
+
+def test_a_recipe_of_seventeen_lines(recipe: Any) -> None:
+    config = recipe()
+    assert config.actor.learning_rate == 2e-6  # YAML reads 2e-6 as text
+    assert (config.algorithm.advantage, config.algorithm.policy_loss, config.algorithm.needs_critic) == ("group", "clip", False)
+    assert config.data.train[0].path == Path("train.jsonl")  # one mapping stands for a list of one
+    assert not config.uses_reference
+
+
+def test_presets_can_be_overridden() -> None:
+    assert AlgorithmConfig().whiten_advantages and AlgorithmConfig().gae_lambda == 0.95
+    assert not AlgorithmConfig(whiten_advantages=False).whiten_advantages
+    assert not AlgorithmConfig(name="grpo").whiten_advantages
+    assert AlgorithmConfig(name="grpo", advantage="gae").needs_critic
+
+
+def test_resolved_config_reads_back(recipe: Any, tmp_path: Path) -> None:
+    config = recipe()
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("recipe_file", sorted((ROOT / "scripts" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_recipes_are_valid(recipe_file: Path) -> None:
+    load_config(recipe_file)
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("learning_rate", "learning_rat"), r"recipe.yaml:5: unknown key `actor.learning_rat`; did you mean `actor.learning_rate`\?"),
+        (("algorithm:", "algorithms:"), r"recipe.yaml:12: unknown key `algorithms`; did you mean `algorithm`\?"),
+        (("group_size: 4", "num_generations: 4"), r"recipe.yaml:15: unknown key `rollout.num_generations`; here it is called `rollout.group_size`"),
+        (("  learning_rate: 2e-6", "  beta: 2e-6"), r"recipe.yaml:5: unknown key `actor.beta`; here it is called `algorithm.kl.coef`"),
+        (("  name: grpo", "  gae_lambda: 2"), r"recipe.yaml:13: `algorithm.gae_lambda`: .*less than or equal to 1 \(given: 2\)"),
+        (("2e-6", "fast"), r"recipe.yaml:5: `actor.learning_rate`: .*valid number.*\(given: 'fast'\)"),
+        (("  steps: 10", "  micro_batch: 2"), r"train.steps: give the number of rollout steps"),
+        (("run_dir: runs/x\n", ""), r"recipe.yaml: `run_dir` is missing; add it"),
+        (("group_size: 4", "group_size: 1"), r"rollout.group_size=1: group advantages of single samples are all 0; use at least 2"),
+        (("  path: models/m\n", ""), r"actor.path: which model should be trained\? Give its folder"),
+        (("    function: exact_match", "    weight: 1"), r"recipe.yaml:\d: `reward.components.0`: give exactly one of `function` and `model`"),
+        (("name: grpo", "minibatches: 3"), r"algorithm.minibatches=3 does not divide rollout.prompts x rollout.group_size = 256"),
+        (("    path: train.jsonl", "    size: 3"), r"recipe.yaml:\d+: `data.train.0`: give exactly one of `path`"),
+        (("  name: grpo", "  name: grpo\n  truncation: bootstrap"), r"truncation=bootstrap needs values: advantage `group` has no critic"),
+        (("  name: grpo", "  name: grpo\n  critic_warmup_steps: 3"), r"critic_warmup_steps=3: advantage `group` has no critic; remove it"),
+        (("  group_size: 4", "  top_k: 5"), r"trap 18\): remove them; they belong in validation"),
+        (("task: rl", "task: dpo"), r"recipe.yaml:1: `task`: .*'sft', 'reward_model' or 'rl' \(given: 'dpo'\)"),
+        (("task: rl", "task: [rl"), r"recipe.yaml: not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_with_place_and_mend(recipe: Any, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(**{change[0]: change[1]})
+
+
+def test_all_mistakes_are_told_at_once(recipe: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        recipe(learning_rate="lr_rate", group_size="group_siz")
+    assert "recipe.yaml:5" in str(caught.value) and "recipe.yaml:15" in str(caught.value)
+
+
+def test_a_missing_recipe_names_the_folder_of_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none.yaml: No such file or directory; recipes are in scripts/recipes/"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_foreign_names_lead_to_keys_that_exist() -> None:
+    known = set(flat_keys(Config))
+    assert {new.split(" ")[0] for new in FOREIGN_NAMES.values()} <= known
+    assert not [old for old in FOREIGN_NAMES if old in known]
+
+
+# ---- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("actor.learning_rate=1e-5", lambda c: c.actor.learning_rate, 1e-5),
+        ("algorithm.kl.coef=0.1", lambda c: c.algorithm.kl.coef, 0.1),  # a section that the recipe does not have
+        ("data.train.path=other.jsonl", lambda c: c.data.train[0].path, Path("other.jsonl")),
+        ("algorithm.value_clip=null", lambda c: c.algorithm.value_clip, None),
+        ("algorithm.value_clip=", lambda c: c.algorithm.value_clip, None),
+        ("rollout.eos_token_ids=[1, 2]", lambda c: c.rollout.eos_token_ids, [1, 2]),
+        ("actor.lora={r: 8}", lambda c: c.actor.lora.r, 8),
+        ("actor.lora.r=8", lambda c: c.actor.lora.r, 8),
+        ("tracking.name=a=b", lambda c: c.tracking.name, "a=b"),
+        ("deterministic=true", lambda c: c.deterministic, True),
+    ],
+)
+def test_overrides(recipe: Any, override: str, read: Any, expected: Any) -> None:
+    assert read(recipe(RECIPE, override)) == expected
+
+
+def test_overrides_reach_into_lists(recipe: Any) -> None:
+    listed = RECIPE.replace("    function: exact_match", "    - function: exact_match\n    - function: gsm8k")
+    assert recipe(listed, "reward.components.1.weight=0.5").reward.components[1].weight == 0.5
+    with pytest.raises(ValueError, match=r"override reward.components.2.weight: '2' is not an index below 2"):
+        recipe(listed, "reward.components.2.weight=0.5")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("actor.learning_rate", r"override 'actor.learning_rate': write key.sub=value"),
+        ("=3", r"override '=3': write key.sub=value"),
+        ("actor.lr=3", r"command line: unknown key `actor.lr`"),
+        ("actor.learning_rate=-1", r"command line: `actor.learning_rate`: .*greater than or equal to 0 \(given: -1\)"),
+    ],
+)
+def test_wrong_overrides(recipe: Any, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(RECIPE, override)
+
+
+# ---- traps
+
+
+def test_trap_2_dropout_cannot_be_asked_for() -> None:
+    """trap 2"""
+    for section in (LoraConfig, CriticConfig):
+        with pytest.raises(ValueError, match="less than or equal to 0"):
+            section(dropout=0.1)
+
+
+def test_registries_and_config_name_the_same_entries() -> None:
+    from rlhf.ops.advantages import ADVANTAGES
+    from rlhf.ops.kl import LOSS_ESTIMATORS
+    from rlhf.ops.losses import POLICY_LOSSES
+
+    def names(section: Any, key: str) -> set[str]:
+        return set(get_args(section.model_fields[key].annotation))
+
+    assert names(AlgorithmConfig, "advantage") == set(ADVANTAGES)
+    assert names(AlgorithmConfig, "policy_loss") == set(POLICY_LOSSES)
+    assert names(KLConfig, "estimator") == {"k1", *LOSS_ESTIMATORS, "k3_corrected"}
+
+
+# ---- DeepSpeed
+
+
+def resolve(tree: dict[str, Any], dtype: str = "float32", trained: bool = True, **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"micro_batch": 4, "world_size": 2, "max_grad_norm": 0.5, "on_gpu": False, **changes}
+    return resolve_deepspeed(tree, dtype=dtype, trained=trained, **arguments)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shipped_deepspeed_configs_resolve_completely(name: str, dtype: str) -> None:
+    """No "auto" is left: DeepSpeed does not resolve batch sizes itself."""
+    source = f"ds_configs/{name}.json"
+    resolved = resolve(source, dtype)  # type: ignore[arg-type]
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["train_batch_size"] == 8
+    assert resolved["gradient_accumulation_steps"] == 1
+    assert resolved["managed_gradient_accumulation"] is False
+    assert resolved["gradient_clipping"] == 0.5
+    assert resolved["bf16"]["enabled"] == (dtype == "bfloat16")
+    assert resolved["zero_optimization"]["stage"] == int(name[-1])
+
+
+@pytest.mark.parametrize("tree", [{}, {"data_types": {}}, {"data_types": {"grad_accum_dtype": "auto"}}, {"data_types": {"grad_accum_dtype": "fp32"}}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trap_32_gradients_accumulate_in_fp32_always(tree: dict[str, Any], dtype: str) -> None:
+    """trap 32"""
+    assert resolve(tree, dtype)["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_trap_32_bf16_accumulation_is_refused() -> None:
+    """trap 32: by name; and at ZeRO-0 with bf16, where DeepSpeed has no fp32 sums."""
+    with pytest.raises(ValueError, match=r"recipe: `data_types.grad_accum_dtype` is 'bf16': gradients are accumulated in fp32 \(trap 32\)"):
+        resolve({"data_types": {"grad_accum_dtype": "bf16"}})
+    config = parse_config({**yaml.safe_load(RECIPE), "deepspeed": {"zero_optimization": {"stage": 0}}})
+    role = TrainedModelConfig(dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"stage=0 with bfloat16.*use stage 1, or dtype=float32"):
+        role_settings(config, role, world_size=1, on_gpu=False)
+    role_settings(config, TrainedModelConfig(dtype="float32"), world_size=1, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": 8}, r'`train_micro_batch_size_per_gpu` is 8 but train.micro_batch is 4; write "auto" there'),
+        ({"gradient_accumulation_steps": 4}, r"`gradient_accumulation_steps` is 4 but the accumulation that DeepSpeed may see"),
+        ({"train_batch_size": 64}, r"`train_batch_size` is 64 but train.micro_batch x ranks is 8"),
+        ({"gradient_clipping": 1.0}, r"`gradient_clipping` is 1.0 but max_grad_norm is 0.5"),
+        ({"bf16": {"enabled": True}}, r"`bf16.enabled` is True but the model dtype is float32"),
+        ({"bf16": True}, r"`bf16` must be an object"),
+        ({"fp16": {"enabled": True}}, r"`fp16`: fp16 loss scaling is not supported: use bf16 or fp32"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"`scheduler`: schedules are set in the recipe: actor.schedule"),
+        ({"zero_optimization": {"stage": 4}}, r"`zero_optimization.stage` is 4; 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, r"`zero_optimization.overlap_comm` needs stage 2 or 3, the stage is 1"),
+    ],
+)
+def test_contradictions_are_refused(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^recipe: {message}"):
+        resolve(tree)
+
+
+def test_numbers_that_agree_are_fine() -> None:
+    resolve({"train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "gradient_clipping": 0.5, "fp16": {"enabled": False}, "scheduler": "auto"})
+
+
+def test_frozen_models_run_at_stage_3_or_0() -> None:
+    for stage, expected in ((0, 0), (1, 0), (2, 0), (3, 3)):
+        tree = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "Adam"}}
+        resolved = resolve(tree, trained=False)
+        assert resolved["zero_optimization"]["stage"] == expected
+        assert "optimizer" not in resolved
+        assert "offload_optimizer" not in resolved["zero_optimization"]
+
+
+def test_the_users_tree_is_not_changed_and_unowned_autos_are_dropped() -> None:
+    tree = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "hybrid_engine": {"enabled": True}}
+    before = json.dumps(tree)
+    resolved = resolve(tree)
+    assert json.dumps(tree) == before
+    assert "reduce_bucket_size" not in resolved["zero_optimization"]
+    assert "hybrid_engine" not in resolved
+
+
+def test_unreadable_deepspeed_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"deepspeed=none.json: no such file; ds_configs/ has zero1.json"):
+        read_deepspeed("none.json")
+    (tmp_path / "a.json").write_text('{\n "zero": ,\n}')
+    with pytest.raises(ValueError, match=r"a.json:2: not valid JSON"):
+        read_deepspeed(str(tmp_path / "a.json"))
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"b.json: a DeepSpeed config is a JSON object"):
+        read_deepspeed(str(tmp_path / "b.json"))
+
+
+def test_each_role_may_have_its_own() -> None:
+    tree = {**yaml.safe_load(RECIPE), "deepspeed": "ds_configs/zero1.json", "reference": {"deepspeed": "ds_configs/zero3.json"}}
+    config = parse_config(tree)
+    assert role_settings(config, config.actor, world_size=1, on_gpu=False)["zero_optimization"]["stage"] == 1
+    assert role_settings(config, config.reference, world_size=1, on_gpu=False)["zero_optimization"]["stage"] == 3

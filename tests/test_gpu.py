@@ -1,0 +1,105 @@
+"""What only a GPU can show; `pytest -m gpu`. Everything else runs on CPU. One process, no launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.config import TrainedModelConfig, resolve_deepspeed
+from rlhf.distributed import World, init_world
+from rlhf.models.forward import response_logprobs
+from rlhf.rollout import HybridEngine
+from rlhf.rollout.sampler import gumbel_noise, row_keys, sample
+from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
+from tests.helpers import VOCABULARY, deepspeed_block
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(600)]
+
+IDS = torch.randint(4, VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    world = init_world()
+    yield world
+    world.close()
+
+
+def some_prompts() -> list[Prompt]:
+    generator = torch.Generator().manual_seed(1)
+    return [Prompt(torch.randint(4, VOCABULARY, (1 + i % 8,), generator=generator).tolist(), "", "test") for i in range(24)]
+
+
+def test_noise_and_tokens_are_those_of_the_cpu() -> None:
+    """trap 25"""
+    keys = row_keys(3, 0, torch.arange(256), torch.arange(256) % 4)
+    positions = torch.arange(256)
+    noise = gumbel_noise(keys, positions, 5000)
+    on_gpu = gumbel_noise(keys.cuda(), positions.cuda(), 5000).cpu()
+    torch.testing.assert_close(on_gpu, noise, atol=1e-5, rtol=1e-5)
+    logits = torch.randn(256, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    for sampling in (Sampling(1), Sampling(1, 0.7, 50, 0.9)):
+        tokens, logprobs = sample(logits, sampling, keys, positions)
+        gpu_tokens, gpu_logprobs = sample(logits.cuda(), sampling, keys.cuda(), positions.cuda())
+        assert torch.equal(gpu_tokens.cpu(), tokens)
+        torch.testing.assert_close(gpu_logprobs.cpu(), logprobs, atol=1e-4, rtol=1e-4)
+
+
+def rollout_and_scores(models: Path, device: str, dtype: torch.dtype) -> tuple[Rollout, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=dtype, attn_implementation="sdpa").to(device)
+    rollout = HybridEngine(model, [3, 17], 3, 7).generate(some_prompts(), list(range(24)), 2, Sampling(20, seed=5))
+    batch = MicroBatch(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, rollout.response_mask, {}).to(torch.device(device))
+    with torch.no_grad():
+        return rollout, response_logprobs(model, batch, 1.0)[0].cpu()
+
+
+def test_rollouts_in_float32_are_those_of_the_cpu(models: Path) -> None:
+    """trap 25"""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    here, _ = rollout_and_scores(models, "cuda", torch.float32)
+    there, _ = rollout_and_scores(models, "cpu", torch.float32)
+    assert [here.response_ids(i) for i in range(len(here))] == [there.response_ids(i) for i in range(len(there))]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-3), (torch.bfloat16, 0.15)])
+def test_rollout_logprobs_are_near_the_training_forwards(models: Path, dtype: torch.dtype, limit: float) -> None:
+    """trap 9: in bfloat16 they differ by rounding, which is why they are never the old logprobs."""
+    rollout, scores = rollout_and_scores(models, "cuda", dtype)
+    distance = (scores - rollout.rollout_logprobs)[rollout.response_mask].abs()
+    assert float(distance.mean()) < limit / 4
+    assert float(distance.max()) < limit
+
+
+def test_bf16_training_under_zero_3(models: Path, world: World, tmp_path: Path) -> None:
+    """Loss falls, norms are finite, a master weight exists, the hand-over gives the replica what the engine holds (trap 21)."""
+    from rlhf.engine import TrainEngine, loading_context
+    from rlhf.models.loading import load_causal_lm
+    from rlhf.models.lora import weight_layout
+
+    config = TrainedModelConfig(path=models / "llama", dtype="bfloat16", learning_rate=3e-3)
+    settings = resolve_deepspeed(
+        deepspeed_block(3, sgd=False), dtype="bfloat16", trained=True, micro_batch=6, world_size=1, max_grad_norm=1.0, on_gpu=True
+    )
+    module = load_causal_lm(config, "actor", loading_context(settings, world), world, torch.bfloat16)
+    engine = TrainEngine(module, config, settings, world, 10, 0, "actor")
+    ids = IDS.to(world.device)
+    losses = []
+    for _ in range(10):
+        logits = engine(input_ids=ids, position_ids=torch.arange(7, device=ids.device).expand_as(ids), use_cache=False).logits
+        loss = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+        losses.append(float(loss.detach()) / 36)
+        engine.backward(loss, 36)
+        assert 0 < engine.step().grad_norm < 1000
+    assert losses[-1] < 0.7 * losses[0]
+    replica = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16).to(world.device)
+    HybridEngine(replica, [3], 3, 7).load_weights(engine.full_tensors(weight_layout(engine.module)))
+    with torch.no_grad():
+        theirs = replica(input_ids=ids, position_ids=torch.arange(7, device=ids.device).expand_as(ids)).logits
+    ours = engine.score(input_ids=ids, position_ids=torch.arange(7, device=ids.device).expand_as(ids), use_cache=False).logits
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
