@@ -32,11 +32,29 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
         modules_to_save=None,
         task_type=None if scalar else "CAUSAL_LM",
     )
-    wrapped: nn.Module = get_peft_model(module, peft_config)  # type: ignore[arg-type]
+    try:
+        wrapped: nn.Module = get_peft_model(module, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules={config.target_modules}: {error}") from None
+    _check_targets(module, config)
     if scalar:
         for parameter in module.score.parameters():  # type: ignore[union-attr]
             parameter.requires_grad_(True)
     return wrapped
+
+
+def _check_targets(module: nn.Module, config: LoraConfig) -> None:
+    """Raises ValueError for adapters that cannot be merged: on an embedding, or on a weight that another module shares (tied, trap 33)."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            names = owners[id(layer.get_base_layer().weight)]
+            if not layer.lora_A:
+                raise ValueError(f"lora.target_modules={config.target_modules}: {names[0]} is no linear layer; leave it out")
+            if len(names) > 1:
+                raise ValueError(f"lora.target_modules={config.target_modules}: {' and '.join(names)} are one tied weight; leave it out")
 
 
 def adapters_off(module: nn.Module) -> AbstractContextManager[None]:
