@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhf.checkpoint import Checkpoints
-from rlhf.config import RewardComponentConfig, parse_config, role_settings
+from rlhf.config import ROOT, LoraConfig, RewardComponentConfig, parse_config, role_settings
+from rlhf.distributed import World
+from rlhf.models.lora import add_adapters
 from rlhf.rewards import FunctionReward
 from rlhf.rewards.compose import score_with_function
+from rlhf.trainers.run import check_same_data
 from rlhf.types import Rollout
-from tests.helpers import single_world, tiny_tokenizer
+from tests.helpers import run_ranks, single_world, tiny_tokenizer
 
 
 class _Engine:
@@ -117,3 +124,44 @@ def test_a_rank_without_rows_scores_nothing() -> None:
     function = FunctionReward(RewardComponentConfig(function="length_penalty", arguments={"target": 1}))
     scores, failures = score_with_function(function, rollout, tiny_tokenizer(), single_world())
     assert scores.shape == (0,) and not failures
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "message"),
+    [("llama", ["lm_head"], "are one tied weight"), ("llama_untied", ["embed_tokens"], "is no linear layer"), ("llama", ["nothing"], "not found")],
+)
+def test_adapters_that_cannot_be_merged_are_refused(models: Path, architecture: str, targets: list[str], message: str) -> None:
+    module = AutoModelForCausalLM.from_pretrained(models / architecture)
+    with pytest.raises(ValueError, match=message) as caught:
+        add_adapters(module, LoraConfig(target_modules=targets), 0)
+    assert "lora.target_modules" in str(caught.value)
+
+
+_PRINT_ROWS = """
+import hashlib
+from rlhf.config import SourceConfig
+from rlhf.data import read_rows
+rows = [row for task in ("list_functions", "isomorphic_strings") for _, row in read_rows(SourceConfig(task=task, size=4))]
+print(hashlib.sha256(repr(rows).encode()).hexdigest())
+"""
+
+
+def test_tasks_give_every_process_the_same_rows() -> None:
+    """As train_rlhf.py starts itself: with the hash seed fixed. list_functions draws from the global generator besides."""
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-c", _PRINT_ROWS]
+    outputs = [subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    assert outputs[0] == outputs[1]
+
+
+def _read_differently(world: World) -> str:
+    try:
+        check_same_data(world, [[1, 2], [3 + world.rank]])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_data_are_refused() -> None:
+    assert all("rank 1 has read other data than rank 0" in message for message in run_ranks(_read_differently, 2))
+    check_same_data(single_world(), [[1, 2], [3]])

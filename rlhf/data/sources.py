@@ -8,6 +8,7 @@ import difflib
 import gzip
 import io
 import json
+import random
 import zlib
 from collections.abc import Iterator
 from itertools import islice
@@ -193,6 +194,7 @@ def _read_task(source: SourceConfig, task: str) -> Iterator[Located]:
     except Exception as error:  # each task checks its own values, by assert and by whatever else
         raise ValueError(f"data source task={task}: task_config={source.task_config} is refused: {error}") from None
     for index in range(size):
+        random.seed(source.seed + index)  # some tasks draw from the global generator besides their own
         entry = dataset[index]
         yield (
             f"{task}:row {index + 1}",

@@ -18,7 +18,7 @@ from rlhf.metrics import model_shape, update_flops, wilson_interval
 from rlhf.models.forward import last_token_scores
 from rlhf.models.loading import load_tokenizer
 from rlhf.ops.losses import preference_loss
-from rlhf.trainers.run import Best, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.run import Best, check_same_data, device_peak_flops, peak_memory_mb, start_run
 from rlhf.trainers.sft import total_steps
 from rlhf.types import PreferencePair
 
@@ -38,6 +38,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     best = Best(config.validation.best_metric or "val-core/pair_accuracy/mean", config.validation.best_mode or "max")
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
     run.console.message(report.summary())
+    check_same_data(world, (side.input_ids for p in pairs + held_out for side in (p.chosen, p.rejected)))  # (collective)
 
     engine = run.train_engine(role, "reward_model", steps, scalar_head="zero")
     sampler = DrawSampler(len(pairs), config.seed, config.data.shuffle)

@@ -30,7 +30,7 @@ from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
 from rlhf.rewards import FunctionReward, RewardModel, Rewards
 from rlhf.rollout import HybridEngine
-from rlhf.trainers.run import Best, Run, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.run import Best, Run, check_same_data, device_peak_flops, peak_memory_mb, start_run
 from rlhf.trainers.validation import Validator, write_training_samples
 from rlhf.types import Experience, LossOutput, MicroBatch, Prompt, Rollout, Sampling
 
@@ -69,6 +69,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     prompts, overlap = separate(prompts, held_out, config.data.drop_held_out)
     for text in [report.summary(), *([held_out_report.summary()] if held_out_report else []), *overlap]:
         run.console.message(text)
+    check_same_data(world, (p.input_ids for p in prompts + held_out))  # (collective)
     models = build_models(run)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -169,6 +171,20 @@ def start_run(
     run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best)
     cleanup.push(run.leave)
     return run
+
+
+def check_same_data(world: World, rows: Iterable[list[int]]) -> None:
+    """Every rank has read its own copy of the data; ranks that hold different rows would train on them without a word.
+
+    Raises RuntimeError. (collective)
+    """
+    digest = hashlib.sha256()
+    for ids in rows:
+        digest.update(np.array([len(ids), *ids]).tobytes())
+    found = world.gather_objects(digest.hexdigest())
+    odd = next((rank for rank, other in enumerate(found) if other != found[0]), None)
+    if odd is not None:
+        raise RuntimeError(f"rank {odd} has read other data than rank 0: do both see the same files, and is PYTHONHASHSEED the same?")
 
 
 def device_peak_flops() -> float | None:

@@ -20,7 +20,7 @@ from rlhf.models.forward import position_ids
 from rlhf.models.loading import load_tokenizer
 from rlhf.ops.logprobs import token_logprobs
 from rlhf.ops.masking import masked_sum
-from rlhf.trainers.run import Best, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.run import Best, check_same_data, device_peak_flops, peak_memory_mb, start_run
 from rlhf.types import Sequence
 
 
@@ -36,6 +36,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     best = Best(config.validation.best_metric or "val-core/loss", config.validation.best_mode or "min")
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
     run.console.message(report.summary())
+    check_same_data(world, (s.input_ids for s in sequences + held_out))  # (collective)
 
     actor = run.train_engine(config.actor, "actor", steps)
     sampler = DrawSampler(len(sequences), config.seed, config.data.shuffle)
