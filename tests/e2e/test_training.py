@@ -147,8 +147,24 @@ def test_adapter_on_the_base_is_the_merged_folder(grpo: Finished, sft: Finished)
     assert float((merged - base).abs().max()) > 0.1
 
 
-def test_reward_model_folder_carries_its_statistics(reward_model: Finished, ppo: Finished) -> None:
-    """Scores reach PPO centred and scaled: at step 1, before PPO moves anything, they are of the order of 1, not of the raw logits."""
-    assert (reward_model.hf / "score_statistics.json").is_file()
-    assert (reward_model.hf / "config.json").is_file()
-    assert abs(metrics(ppo.run_dir)[1]["reward/reward_model/mean"]) <= 2.0
+def test_reward_model_folder_scores_as_in_ppo(reward_model: Finished, ppo: Finished) -> None:
+    """transformers reads the reward model's folder; its scores, centred and scaled by the folder's statistics, are those that PPO got."""
+    import json
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model.hf).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reward_model.hf)
+    statistics = json.loads((reward_model.hf / "score_statistics.json").read_text())
+    compared = 0
+    for row in samples(ppo.run_dir, 1):
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id] * (row["stop_reason"] == "eos")
+        if len(ids) != len(row["prompt"]) + row["length"]:
+            continue  # a sampled <pad> is not in the text
+        with torch.no_grad():
+            raw = float(model(torch.tensor([ids])).logits[0, 0])
+        expected = max(-2.0, min(2.0, (raw - statistics["mean"]) / statistics["std"]))
+        assert row["components"]["reward_model"] == pytest.approx(expected, abs=1e-4)
+        compared += 1
+    assert compared > 40
+    assert statistics["std"] > 0.01
