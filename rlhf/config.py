@@ -602,6 +602,9 @@ def resolve_deepspeed(
     if overlap and stage < 2:
         raise ValueError(f'{origin}: `zero_optimization.overlap_comm` needs stage 2 or 3, the stage is {stage}; write "auto"')
     zero["overlap_comm"] = overlap
+    offload = zero.get("offload_optimizer")
+    if trained and "optimizer" not in tree and isinstance(offload, dict) and offload.get("device", "none") != "none":
+        tree["zero_force_ds_cpu_optimizer"] = False  # or DeepSpeed refuses our AdamW, which runs on the CPU as well
     if not trained:
         tree.pop("optimizer", None)
         zero.pop("offload_optimizer", None)

@@ -19,7 +19,7 @@ from rlhf.distributed import World
 from rlhf.models.lora import add_adapters
 from rlhf.rewards import FunctionReward
 from rlhf.rewards.compose import score_with_function
-from rlhf.trainers.run import check_same_data
+from rlhf.trainers.run import Best, check_same_data
 from rlhf.types import Rollout
 from tests.helpers import run_ranks, single_world, tiny_tokenizer
 
@@ -165,3 +165,15 @@ def _read_differently(world: World) -> str:
 def test_ranks_with_different_data_are_refused() -> None:
     assert all("rank 1 has read other data than rank 0" in message for message in run_ranks(_read_differently, 2))
     check_same_data(single_world(), [[1, 2], [3]])
+
+
+def test_offload_goes_with_our_optimizer() -> None:
+    block = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    config = parse_config({**_RL, "deepspeed": block})
+    assert role_settings(config, config.actor, world_size=1, on_gpu=False)["zero_force_ds_cpu_optimizer"] is False
+    assert "offload_optimizer" not in role_settings(config, config.reference, world_size=1, on_gpu=False)["zero_optimization"]
+
+
+def test_an_unknown_best_metric_is_named() -> None:
+    with pytest.raises(ValueError, match=r"validation.best_metric=accuracy: not measured; there are val-core/loss"):
+        Best("accuracy", "max").check({"val-core/loss": 1.0})
