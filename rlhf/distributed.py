@@ -169,7 +169,8 @@ def init_world(threads: int | None = None, init_method: str | None = None) -> Wo
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # A fixed thread count: the number of threads decides the order of sums, hence bits.
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    # DeepSpeed takes LOCAL_RANK for the device: where every rank sees only its own GPU (srun --gpus-per-task=1), that is 0.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank if device.index is None else device.index))
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
         if size == 1:
