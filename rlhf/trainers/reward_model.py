@@ -79,7 +79,8 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         new_best = bool(measured) and best.offer(step, measured)
         last = step == steps and config.checkpoint.last
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            statistics = score_mean_std(engine, pairs[:STATISTICS_PAIRS], config, pad, world)  # (collective)
+            some = pairs[:: max(1, len(pairs) // STATISTICS_PAIRS)][:STATISTICS_PAIRS]  # of every source
+            statistics = score_mean_std(engine, some, config, pad, world)  # (collective)
             state = {"sampler": sampler.state_dict(), "validation": validation}
             run.save(step, metrics, {"reward_model": engine}, state, "reward_model", statistics)  # (collective)
         lengths = torch.tensor([len(side.input_ids) for p in batch for side in (p.chosen, p.rejected)]).numpy()
