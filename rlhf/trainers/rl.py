@@ -90,6 +90,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         with timer.phase("testing"):
             hand_over()  # (collective)
             validation = validate(0)  # (collective)
+        best.check(validation)
         run.end_step(0, validation | timer.metrics())
     if start < steps:
         hand_over()  # (collective)

@@ -38,10 +38,14 @@ class Best:
     value: float = math.nan
     step: int | None = None
 
-    def offer(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether this step is the new best. Raises ValueError if the metric is not among what validation measured."""
+    def check(self, metrics: dict[str, float]) -> None:
+        """Raises ValueError if the metric is not among what validation measured."""
         if self.metric not in metrics:
             raise ValueError(f"validation.best_metric={self.metric}: not measured; there are {', '.join(sorted(metrics))}")
+
+    def offer(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether this step is the new best. Raises ValueError as `check` does."""
+        self.check(metrics)
         value = metrics[self.metric]
         better = self.step is None or (value > self.value if self.mode == "max" else value < self.value)
         if better and math.isfinite(value):
@@ -95,7 +99,8 @@ class Run:
         if self.resume_from is None:
             return 0
         self.state = self.checkpoints.load(self.resume_from, engines)
-        self.best.value, self.best.step = self.state["best"]["value"], self.state["best"]["step"]
+        if self.state["best"]["metric"] == self.best.metric:  # values of another metric cannot be compared
+            self.best.value, self.best.step = self.state["best"]["value"], self.state["best"]["step"]
         step = int(self.state["step"])
         self.log.complete(step, self.state["metrics"])
         done = "the run is complete; --resume never starts it afresh" if step >= steps else f"going on after step {step}"
