@@ -28,7 +28,7 @@ INTRODUCTION = """\
 
 A run is one YAML recipe, and anything in it can be changed on the command line:
 
-    deepspeed --num_gpus 8 train_rlhf.py --config scripts/recipes/ppo.yaml actor.learning_rate=1e-6 rollout.group_size=8
+    deepspeed --num_gpus 8 train_rlhf.py --config scripts/recipes/smollm2_grpo_gpu.yaml actor.learning_rate=1e-6 rollout.group_size=8
 
 - `key.sub=value` wins over the recipe. The value is read as YAML: `null`, `true`, `1e-6`, `[0.9, 0.95]`.
 - Entries of a list are reached by their index, written as `N` below: `reward.components.0.weight=2`. The entry must be in the recipe.
