@@ -145,6 +145,14 @@ def _clear_abandoned_builds() -> None:
             lock.unlink(missing_ok=True)
 
 
+def _unlink_shared_buffer(world: World) -> None:
+    """DeepSpeed's CPU communication maps 66 MB per rank in /dev/shm and leaves the file there for good. Once every rank of the node has
+    mapped it the name can go; the memory then goes with the processes, however they end."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}"):
+        buffer.unlink(missing_ok=True)
+
+
 def _open_files(process: psutil.Process) -> list[str]:
     try:
         return [file.path for file in process.open_files()]
@@ -158,8 +166,10 @@ def loading_context(settings: dict[str, Any], world: World) -> Placement:
         if world.local_rank == 0:
             _clear_abandoned_builds()
         world.barrier()
-    with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
-        deepspeed.init_distributed(verbose=False)  # takes over the group that exists; zero.Init counts the ranks through it
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
+            deepspeed.init_distributed(verbose=False)  # takes over the group that exists; zero.Init counts the ranks through it
+        world.barrier()
+        _unlink_shared_buffer(world)
     return PartitionedPlacement(world, settings) if zero_stage(settings) == 3 else WholePlacement(world)
 
 
