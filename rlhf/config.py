@@ -269,10 +269,22 @@ class AlgorithmConfig(Section):
             "ppo": {"advantage": "gae", "whiten_advantages": True, "gae_lambda": 0.95},
             "grpo": {"advantage": "group", "whiten_advantages": False},
         }
+        if (
+            isinstance(data, dict)
+            and data.get("name") == "grpo"
+            and isinstance(data.get("kl"), dict)
+            and not {"place", "estimator"} & set(data["kl"])
+        ):
+            data = {**data, "kl": {**data["kl"], "place": "loss", "estimator": "k3_corrected"}}
         return {**presets.get(data.get("name", "ppo"), {}), **data} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _consistent(self) -> AlgorithmConfig:
+        if self.advantage == "group" and self.group_scale == "std" and self.kl.coef and self.kl.place == "reward":
+            raise ValueError(
+                "kl.place=reward with advantage=group and group_scale=std: in a group of equal scores the KL alone would be blown up to deviation 1 "
+                "(trap 11); use kl.place=loss with kl.estimator=k3_corrected, or group_scale=none"
+            )
         if not self.needs_critic:
             if self.critic_warmup_steps:
                 raise ValueError(f"critic_warmup_steps={self.critic_warmup_steps}: advantage `{self.advantage}` has no critic; remove it")
@@ -388,6 +400,10 @@ class Config(Section):
                 )
                 if self.critic.init == "reward":
                     need(any(c.model for c in self.reward.components), "critic.init=reward: no reward model among reward.components")
+                need(
+                    self.algorithm.critic_warmup_steps < (self.train.steps or 0),
+                    f"algorithm.critic_warmup_steps={self.algorithm.critic_warmup_steps}: the actor would never learn in {self.train.steps} steps",
+                )
                 need(
                     not (self.critic.head == "keep" and self.critic.init == "actor"),
                     "critic.head=keep: the actor's folder holds no scalar head; use critic.init=reward or path",
@@ -627,9 +643,24 @@ def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu:
         max_grad_norm=role.max_grad_norm if isinstance(role, TrainedModelConfig) else 0.0,
         on_gpu=on_gpu,
     )
+    if isinstance(role, TrainedModelConfig):
+        _own_optimizer(tree, role)
     if trained and tree["zero_optimization"].get("stage", 0) == 0 and dtype == "bfloat16":
         raise ValueError("zero_optimization.stage=0 with bfloat16: DeepSpeed has no fp32 gradient accumulation there; use stage 1, or dtype=float32")
     return tree
+
+
+def _own_optimizer(tree: dict[str, Any], role: TrainedModelConfig) -> None:
+    """The numbers of an `optimizer` block are the recipe's: "auto" or absent takes them, others are refused."""
+    if "optimizer" not in tree:
+        return
+    given = tree["optimizer"].setdefault("params", {})
+    ours: dict[str, Any] = {"lr": role.learning_rate, "weight_decay": role.weight_decay}
+    if "adam" in str(tree["optimizer"].get("type", "")).lower():
+        ours |= {"betas": list(role.betas), "eps": role.eps}
+    for key, value in ours.items():
+        if given.setdefault(key, value) != value:
+            raise ValueError(f'`optimizer.params.{key}` is {given[key]!r} but the recipe says {value!r}; write "auto" there, or change one of them')
 
 
 def critic_origin(config: Config) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -129,12 +129,6 @@ class World:
         if self._left is not None:
             self.store.delete_key(self._left)
         self._left = keys[self.rank]
-
-    def agree(self, ok: bool, message: Callable[[], str]) -> None:
-        """All ranks go on, or all raise: for what only one rank can find wrong. (collective)"""
-        problems = [p for p in self.gather_objects(None if ok else f"rank {self.rank}: {message()}") if p]
-        if problems:
-            raise RuntimeError("; ".join(problems))
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -338,9 +338,6 @@ class TrainEngine:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
         self.optimizer_steps = int(client["optimizer_steps"])
 
-    def destroy(self) -> None:
-        self._engine.destroy()
-
 
 @contextlib.contextmanager
 def deterministic_kernels(enabled: bool) -> Iterator[None]:

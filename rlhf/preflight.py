@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from rlhf.config import Config, ModelConfig, RewardComponentConfig, TrainedModelConfig, critic_origin, role_dtype, role_settings, to_yaml
 from rlhf.distributed import launch_environment
@@ -27,11 +27,27 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         read_architecture(role, name)
         role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
     if config.task == "rl":
+        _check_tokenizers(config)
         for component in config.reward.components:
             if component.function:
                 FunctionReward(component)
         if config.validation.verifier:
             FunctionReward(RewardComponentConfig(function=config.validation.verifier))
+
+
+def _check_tokenizers(config: Config) -> None:
+    """Every role reads the actor's token ids: another vocabulary would score other words without an error."""
+    assert config.actor.path is not None
+    vocabulary = AutoTokenizer.from_pretrained(config.actor.path, trust_remote_code=config.actor.trust_remote_code).get_vocab()
+    for name, role in roles(config):
+        if role.path is None or role.path == config.actor.path or not (role.path / "tokenizer_config.json").is_file():
+            continue
+        other = AutoTokenizer.from_pretrained(role.path, trust_remote_code=role.trust_remote_code).get_vocab()
+        if other != vocabulary:
+            raise ValueError(
+                f"{name}: the tokenizer in {role.path} is not the actor's ({config.actor.path}): it would read the actor's token ids as other words; "
+                "train it on a model with the actor's tokenizer"
+            )
 
 
 def describe(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,9 +65,12 @@ def export_adapter(folder: Path, module: nn.Module, tensors: dict[str, Tensor], 
         folder.mkdir(parents=True, exist_ok=True)
         named = {name.replace(".default.", "."): tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        module.peft_config["default"].save_pretrained(str(folder))
+        config = copy.deepcopy(module.peft_config["default"])
+        if isinstance(module.get_base_model(), ScalarModel):  # the head is trained whole and belongs to the adapter
+            config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+        config.save_pretrained(str(folder))
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What an adapter file holds: the LoRA matrices, by their name in the PEFT model."""
-    return {name: p for name, p in module.named_parameters() if ".lora_" in name}
+    """What an adapter file holds: the LoRA matrices and a scalar head, by their name in the PEFT model."""
+    return {name: p for name, p in module.named_parameters() if ".lora_" in name or name.endswith(".score.weight")}

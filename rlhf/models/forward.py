@@ -19,7 +19,7 @@ def position_ids(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
-def response_logprobs(forward: Forward, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+def response_logprobs(forward: Forward, batch: MicroBatch, temperature: float, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
     """([b, r] logprob of each response token, [b, r] entropy), float32; undefined beyond a response.
 
     Response token j of a row with p prompt tokens stands at position p + j and is scored by the logits at p + j - 1 (trap 1). The head
@@ -29,7 +29,7 @@ def response_logprobs(forward: Forward, batch: MicroBatch, temperature: float) -
     last = batch.input_ids.shape[1] - 1
     keep = torch.arange(first, last, device=batch.input_ids.device)
     logits = forward(input_ids=batch.input_ids, position_ids=position_ids(batch.input_ids), use_cache=False, logits_to_keep=keep).logits
-    logprobs, entropy = token_logprobs(logits, batch.input_ids[:, first + 1 :], temperature)
+    logprobs, entropy = token_logprobs(logits, batch.input_ids[:, first + 1 :], temperature, entropy_gradient)
     index = _window(batch, first + 1)
     return logprobs.gather(1, index), entropy.gather(1, index)
 

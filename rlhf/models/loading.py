@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -106,7 +106,7 @@ def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: W
     return module
 
 
-def load_scalar_model(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, head: str) -> nn.Module:
+def load_scalar_model(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, head: str) -> ScalarModel:
     """A critic or reward model. head: "keep" the folder's `score.weight` (ValueError if it has none) or start from "zero"."""
     architecture = without_dropout(read_architecture(config, key))
 
@@ -129,10 +129,6 @@ def score_statistics(path: Path) -> tuple[float, float]:
         return 0.0, 1.0
     read = json.loads(file.read_text())
     return float(read["mean"]), float(read["std"])
-
-
-def enable_checkpointing(module: Any) -> None:
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def tensor_names(path: Path) -> dict[str, Path]:

@@ -26,7 +26,7 @@ def score_with_function(function: FunctionReward, rollout: Rollout, tokenizer: P
     ids = [rollout.response_ids(r) for r in rows]
     names = sorted({name for p in prompts for name in p.columns})
     columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in names}
-    columns["source"] = [p.source for p in prompts]
+    columns.setdefault("source", [p.source for p in prompts])
     completions = tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of nothing it makes one empty text
     scores, failures = function.score([p.text for p in prompts], completions, ids, columns)
     values = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float32)

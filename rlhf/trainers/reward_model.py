@@ -16,7 +16,7 @@ from rlhf.distributed import World
 from rlhf.engine import TrainEngine
 from rlhf.metrics import model_shape, update_flops, wilson_interval
 from rlhf.models.forward import last_token_scores
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.loading import load_tokenizer, tensor_names
 from rlhf.ops.losses import preference_loss
 from rlhf.trainers.run import Best, check_same_data, device_peak_flops, peak_memory_mb, start_run
 from rlhf.trainers.sft import total_steps
@@ -40,13 +40,14 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     run.console.message(report.summary())
     check_same_data(world, (side.input_ids for p in pairs + held_out for side in (p.chosen, p.rejected)))  # (collective)
 
-    engine = run.train_engine(role, "reward_model", steps, scalar_head="zero")
+    head = "keep" if "score.weight" in tensor_names(role.path) else "zero"
+    run.console.message("the head starts " + ("as the folder holds it" if head == "keep" else "at zero"))
+    engine = run.train_engine(role, "reward_model", steps, scalar_head=head)
     sampler = DrawSampler(len(pairs), config.seed, config.data.shuffle)
     shape = model_shape(engine.module.config, head_outputs=1)
     start = run.resume({"reward_model": engine}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
-    validation: dict[str, float] = dict(run.state.get("validation", {}))
 
     for step in range(start + 1, steps + 1):
         run.timer.start_step()
@@ -74,14 +75,14 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         measured: dict[str, float] = {}
         if held_out and (step % config.validation.every == 0 or step == steps):
             with run.timer.phase("testing"):
-                measured = validation = pair_accuracy(engine, held_out, config, pad, world)  # (collective)
+                measured = pair_accuracy(engine, held_out, config, pad, world)  # (collective)
         metrics |= measured
         new_best = bool(measured) and best.offer(step, measured)
         last = step == steps and config.checkpoint.last
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             some = pairs[:: max(1, len(pairs) // STATISTICS_PAIRS)][:STATISTICS_PAIRS]  # of every source
             statistics = score_mean_std(engine, some, config, pad, world)  # (collective)
-            state = {"sampler": sampler.state_dict(), "validation": validation}
+            state = {"sampler": sampler.state_dict()}
             run.save(step, metrics, {"reward_model": engine}, state, "reward_model", statistics)  # (collective)
         lengths = torch.tensor([len(side.input_ids) for p in batch for side in (p.chosen, p.rejected)]).numpy()
         tokens = int(lengths.sum())

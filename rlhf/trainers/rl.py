@@ -23,7 +23,16 @@ from rlhf.engine import FrozenEngine, StepResult, TrainEngine, WholePlacement, l
 from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
 from rlhf.models.forward import response_logprobs, response_values
-from rlhf.models.loading import empty_causal_lm, eos_token_ids, load_causal_lm, load_scalar_model, load_tokenizer, model_dtype, score_statistics
+from rlhf.models.loading import (
+    empty_causal_lm,
+    eos_token_ids,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    model_dtype,
+    read_architecture,
+    score_statistics,
+)
 from rlhf.models.lora import adapters_off, weight_layout
 from rlhf.ops.kl import KLController, kl_loss
 from rlhf.ops.losses import POLICY_LOSSES, value_loss
@@ -70,6 +79,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     for text in [report.summary(), *([held_out_report.summary()] if held_out_report else []), *overlap]:
         run.console.message(text)
     check_same_data(world, (p.input_ids for p in prompts + held_out))  # (collective)
+    check_lengths(config, prompts, held_out)
     models = build_models(run)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
@@ -80,20 +90,18 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     if start:
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])
-    validation: dict[str, float] = dict(run.state.get("validation", {}))
 
     def hand_over() -> None:  # (collective)
         models.hybrid_engine.load_weights(models.actor.full_tensors(weight_layout(models.actor.module)))
 
+    if start < steps:
+        hand_over()  # (collective)
     if start == 0 and validate and config.validation.before_training:
         timer.start_step()
         with timer.phase("testing"):
-            hand_over()  # (collective)
-            validation = validate(0)  # (collective)
-        best.check(validation)
-        run.end_step(0, validation | timer.metrics())
-    if start < steps:
-        hand_over()  # (collective)
+            before = validate(0)  # (collective)
+        best.check(before)
+        run.end_step(0, before | timer.metrics())
 
     for step in range(start + 1, steps + 1):
         timer.start_step()
@@ -145,14 +153,14 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         measured: dict[str, float] = {}
         if validate and (step % config.validation.every == 0 or step == steps):
             with timer.phase("testing"):
-                measured = validation = validate(step)  # (collective)
+                measured = validate(step)  # (collective)
         metrics |= measured
         if world.is_main:
             write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
         new_best = bool(measured) and best.offer(step, measured)
         last = step == steps and config.checkpoint.last
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            state = {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict(), "validation": validation}
+            state = {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict()}
             run.save(step, metrics, models.engines, state, "actor")  # (collective)
         run.end_step(step, metrics | accounting(rollout, actor_updates=len(update.steps["actor"])))
 
@@ -224,6 +232,19 @@ def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple
     if not apart:
         raise ValueError("data.drop_held_out: every training prompt is held out too; give validation other data")
     return apart, [f"{shared} of {len(prompts)} training prompts are held out too: dropped"]
+
+
+def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
+    """Raises ValueError if a prompt with its response would not fit the actor's positions."""
+    positions = getattr(read_architecture(config.actor, "actor").get_text_config(), "max_position_embeddings", None)
+    window = config.rollout.max_new_tokens
+    for name, rows, new in (("training", prompts, window), ("validation", held_out, config.validation.max_new_tokens or window)):
+        longest = max((len(p.input_ids) for p in rows), default=0)
+        if positions and rows and longest + new > positions:
+            raise ValueError(
+                f"the longest {name} prompt has {longest} tokens; with {new} new ones that is more than the model's {positions} positions "
+                "(max_position_embeddings): lower data.max_prompt_tokens or max_new_tokens"
+            )
 
 
 def _accuracy_metric(prompts: list[Prompt]) -> str:
@@ -333,7 +354,7 @@ def micro_batch_of(experience: Experience, part: MicroBatchPlan) -> MicroBatch:
 def policy_loss(forward: Callable[..., Any], batch: MicroBatch, config: Config, kl_coef: float) -> LossOutput:
     """Policy loss + KL term - entropy bonus, summed over this micro-batch."""
     algorithm, mask, columns = config.algorithm, batch.mask, batch.columns
-    logprobs, entropy = response_logprobs(forward, batch, config.rollout.temperature)
+    logprobs, entropy = response_logprobs(forward, batch, config.rollout.temperature, entropy_gradient=algorithm.entropy_coef > 0)
     loss = POLICY_LOSSES[algorithm.policy_loss]
     per_token, metrics = loss(
         logprobs, columns["old_logprobs"], columns["advantages"], mask, clip_eps_low=algorithm.clip_eps_low, clip_eps_high=algorithm.clip_eps_high
@@ -363,20 +384,21 @@ class UpdateMetrics:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.sums: dict[str, float] = defaultdict(float)
+        self.sums: dict[str, Tensor] = {}  # on the device: reading them would wait for it in every micro-batch
         self.steps: dict[str, list[StepResult]] = defaultdict(list)
         self.skipped = 0
 
     def add(self, loss: LossOutput, tokens: float) -> None:
         for name, value in loss.metrics.items():
-            self.sums[name] += float(value) / tokens
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value / tokens
 
     def stepped(self, model: str, result: StepResult) -> None:
         self.steps[model].append(result)
 
     def metrics(self) -> dict[str, float]:
         """(collective)"""
-        metrics = {name: value / len(self.steps[name.split("/")[0]]) for name, value in self.world.global_sum(self.sums).items()}
+        sums = {name: float(value) for name, value in self.sums.items()}
+        metrics = {name: value / len(self.steps[name.split("/")[0]]) for name, value in self.world.global_sum(sums).items()}
         for model, results in self.steps.items():
             metrics[f"{model}/grad_norm"] = float(np.mean([r.grad_norm for r in results]))
             metrics[f"{model}/lr"] = results[-1].learning_rate

@@ -25,7 +25,7 @@ from rlhf.distributed import World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.export import adapter_parameters, export_adapter, export_model
-from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype
+from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
 from rlhf.models.lora import add_adapters, weight_layout
 
 
@@ -87,6 +87,8 @@ class Run:
             module = load_causal_lm(role, key, placement, self.world, dtype)
         else:
             module = load_scalar_model(role, key, placement, self.world, dtype, scalar_head)
+            if key == "critic" and scalar_head == "keep" and role.path is not None:
+                module.centre(*score_statistics(role.path))
         if role.lora:
             module = add_adapters(module, role.lora, self.config.seed)
         if role.gradient_checkpointing:

@@ -44,7 +44,6 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     start = run.resume({"actor": actor}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
-    validation: dict[str, float] = dict(run.state.get("validation", {}))
 
     for step in range(start + 1, steps + 1):
         run.timer.start_step()
@@ -64,12 +63,12 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
         measured: dict[str, float] = {}
         if held_out and (step % config.validation.every == 0 or step == steps):
             with run.timer.phase("testing"):
-                measured = validation = held_out_loss(actor, held_out, config, pad, world)  # (collective)
+                measured = held_out_loss(actor, held_out, config, pad, world)  # (collective)
         metrics |= measured
         new_best = bool(measured) and best.offer(step, measured)
         last = step == steps and config.checkpoint.last
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            run.save(step, metrics, {"actor": actor}, {"sampler": sampler.state_dict(), "validation": validation}, "actor")  # (collective)
+            run.save(step, metrics, {"actor": actor}, {"sampler": sampler.state_dict()}, "actor")  # (collective)
         lengths = torch.tensor([len(s.input_ids) for s in batch]).numpy()
         run.timer.add(
             "update_actor", int(lengths.sum()) // world.size, update_flops(shape, lengths, tokens, config.actor.lora is not None) / world.size
