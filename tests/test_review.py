@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import ROOT, LoraConfig, RewardComponentConfig, parse_config, role_settings
 from rlhf.distributed import World
+from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import add_adapters
+from rlhf.preflight import check
 from rlhf.rewards import FunctionReward
 from rlhf.rewards.compose import score_with_function
 from rlhf.trainers.run import Best, check_same_data
@@ -177,3 +181,64 @@ def test_offload_goes_with_our_optimizer() -> None:
 def test_an_unknown_best_metric_is_named() -> None:
     with pytest.raises(ValueError, match=r"validation.best_metric=accuracy: not measured; there are val-core/loss"):
         Best("accuracy", "max").check({"val-core/loss": 1.0})
+
+
+def _rl(**changes: Any) -> dict[str, Any]:
+    tree = {
+        "task": "rl",
+        "run_dir": "x",
+        "actor": {"path": "m"},
+        "data": {"train": {"path": "a.jsonl"}},
+        "reward": {"components": {"function": "exact_match"}},
+        "rollout": {"group_size": 2},
+        "train": {"steps": 3},
+    }
+    return {**tree, **changes}
+
+
+def test_trap_11_kl_in_the_reward_cannot_be_blown_up_by_a_groups_deviation() -> None:
+    with pytest.raises(ValueError, match="group_scale=none"):
+        parse_config(_rl(algorithm={"name": "grpo", "kl": {"coef": 0.1, "place": "reward", "estimator": "k1"}}))
+    assert parse_config(_rl(algorithm={"name": "grpo", "kl": {"coef": 0.1}})).algorithm.kl.estimator == "k3_corrected"
+    assert parse_config(_rl(algorithm={"name": "ppo", "kl": {"coef": 0.1}})).algorithm.kl.place == "reward"
+
+
+def test_optimizer_numbers_of_the_json_are_the_recipes() -> None:
+    def settings(params: dict[str, Any]) -> dict[str, Any]:
+        config = parse_config(_rl(actor={"path": "m", "learning_rate": 1e-5}, deepspeed={"optimizer": {"type": "AdamW", "params": params}}))
+        found: dict[str, Any] = role_settings(config, config.actor, world_size=1, on_gpu=False)["optimizer"]["params"]
+        return found
+
+    assert settings({"lr": "auto"}) == {"lr": 1e-5, "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8}
+    with pytest.raises(ValueError, match=r"optimizer\.params\.lr"):
+        settings({"lr": 1e-4})
+
+
+def test_a_role_with_another_tokenizer_is_refused(tmp_path: Path, models: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(models / "llama", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    first, last = min(words, key=words.get), max(words, key=words.get)
+    words[first], words[last] = words[last], words[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = parse_config(_rl(actor={"path": str(models / "llama")}, critic={"init": "path", "path": str(other)}))
+    with pytest.raises(ValueError, match="critic: the tokenizer"):
+        check(config, world_size=1, on_gpu=False)
+
+
+def test_a_kept_head_speaks_in_the_units_of_the_rewards(models: Path) -> None:
+    body = AutoModel.from_pretrained(models / "llama")
+    model = ScalarModel(body, body.config.hidden_size)
+    ids = torch.arange(5)[None]
+    raw = model(ids, ids)
+    model.centre(2.0, 4.0)
+    torch.testing.assert_close(model(ids, ids), (raw - 2.0) / 4.0)
+
+
+def test_a_bfloat16_head_keeps_more_than_eight_bits(models: Path) -> None:
+    body = AutoModel.from_pretrained(models / "llama", dtype=torch.bfloat16)
+    model = ScalarModel(body, body.config.hidden_size)
+    ids = torch.arange(12)[None]
+    scores = model(ids, ids)
+    assert scores.dtype == torch.float32 and bool((scores != scores.bfloat16().float()).any())
