@@ -14,7 +14,8 @@ def test_no_shared_memory_is_left_behind() -> None:
 
 
 def _buffers(world: World) -> list[str]:
-    os.environ["MASTER_PORT"] = "59999"  # part of the buffers' names; nothing listens there
+    # As the launcher sets them: with all ranks on one node DeepSpeed maps buffers, whose names hold the port (nothing listens there).
+    os.environ.update(LOCAL_SIZE=str(world.size), MASTER_PORT="59999")
     loading_context({"zero_optimization": {"stage": 3}}, world)
     world.barrier()
     return [p.name for p in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_59999_*")]
