@@ -31,7 +31,7 @@ from rlhf.distributed import World, init_world
 from rlhf.types import Prompt, Rollout, Scores
 
 VOCABULARY = 50
-SGD = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
+SGD: dict[str, Any] = {"optimizer": {"type": "SGD", "params": {}}, "zero_allow_untested_optimizer": True}  # at the rate of the recipe
 
 # --------------------------------------------------------------------------------------------------------------------------
 # Models

@@ -515,22 +515,24 @@ def test_trap_22_a_batch_that_is_lost_trains_nothing_on_any_rank(models: Path, t
 
 
 def test_trap_31_the_loop_leaves_the_actor_alone_during_warm_up(models: Path, tmp_path: Path) -> None:
-    """trap 31: with as many warm-up steps as steps the saved actor is the loaded one; with fewer it is not."""
-    changed = {}
-    for warmup in (2, 1):
-        folder = tmp_path / str(warmup)
-        folder.mkdir()
-        run_ranks(whole_loop, 2, models, folder, "length", {"algorithm": {"critic_warmup_steps": warmup, "kl": {"coef": 0.1}}})
-        before, after = saved_weights(models / "llama"), saved_weights(folder / "run" / "checkpoints" / "latest" / "hf")
-        changed[warmup] = any(not torch.equal(before[n], after[n]) for n in before)
-        lines = metrics_of(folder)
-        assert ["actor/grad_norm" in line for line in lines] == [step > warmup for step in (1, 2)]
-        assert all(line["critic/grad_norm"] > 0 for line in lines)
-        assert lines[0]["critic/values/mean"] == 0  # trap 15
-        assert lines[0]["critic/vf_explained_var"] == pytest.approx(0, abs=1e-5)
-        assert lines[1]["critic/values/mean"] != 0
-        assert lines[0]["actor/kl"] == 0  # trap 2
-    assert changed == {2: False, 1: True}
+    """trap 31: three steps, two of them warm-up: the actor saved after the second is the loaded one, after the third it is not."""
+    sections = {
+        "algorithm": {"critic_warmup_steps": 2, "kl": {"coef": 0.1}},
+        "train": {"steps": 3, "micro_batch": 2},
+        "checkpoint": {"every": 1, "keep_last": 3},
+    }
+    run_ranks(whole_loop, 2, models, tmp_path, "length", sections)
+    before = saved_weights(models / "llama")
+    for step, same in ((1, True), (2, True), (3, False)):
+        after = saved_weights(tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "hf")
+        assert all(torch.equal(before[n], after[n]) for n in before) == same
+    lines = metrics_of(tmp_path)
+    assert ["actor/grad_norm" in line for line in lines] == [False, False, True]
+    assert all(line["critic/grad_norm"] > 0 for line in lines)
+    assert lines[0]["critic/values/mean"] == 0  # trap 15
+    assert lines[0]["critic/vf_explained_var"] == pytest.approx(0, abs=1e-5)
+    assert lines[1]["critic/values/mean"] != 0
+    assert [line["actor/kl"] for line in lines] == [0, 0, 0]  # trap 2
 
 
 # ---- schedules and groups
