@@ -12,40 +12,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from report import accuracy, percent, phase_seconds, points, read_metrics
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from rlhf.metrics import bootstrap_interval, difference_interval
-
 STAGES = {"sft": "warm start", "reward_model": "reward model", "ppo": "PPO"}
-Interval = tuple[float, float, float]  # estimate, low, high
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def collect(run: Path) -> dict[str, Any]:
     """All numbers of the tables, from what the run wrote."""
     steps = {stage: read_metrics(run / stage) for stage in STAGES}
-    validated = [line for line in steps["ppo"] if "val-core/held_out/acc/mean@1" in line]
-    first, last = validated[0], validated[-1]
-    correct = [np.load(run / "ppo" / "samples" / f"validation-{line['step']:06d}-correct.npy") for line in (first, last)]
+    found = accuracy(run / "ppo", steps["ppo"])
+    first, last = (next(line for line in steps["ppo"] if line["step"] == step) for step in found["steps"])
     pairs = next(line for line in reversed(steps["reward_model"]) if "val-core/pair_accuracy/mean" in line)
-    phases = {stage: Counter[str]() for stage in STAGES}
-    for stage, lines in steps.items():
-        for line in lines:
-            phases[stage].update({k.removeprefix("timing_s/"): v for k, v in line.items() if k.startswith("timing_s/")})
     return {
         "seed": int((run / "seed").read_text()),
-        "problems": len(correct[0]),
-        "ppo_steps": last["step"],
-        "accuracy_before": bootstrap_interval(correct[0], seed=0),
-        "accuracy_after": bootstrap_interval(correct[1], seed=0),
-        "difference": difference_interval(correct[0], correct[1], seed=0),
+        **found,
         "reward_model_before": first["val-aux/reward/reward_model"],
         "reward_model_after": last["val-aux/reward/reward_model"],
         "verifier_before": first["val-aux/reward/verifier"],
@@ -54,23 +36,17 @@ def collect(run: Path) -> dict[str, Any]:
         "pair_accuracy": [pairs[f"val-core/pair_accuracy/{k}"] for k in ("mean", "low", "high")],
         "pairs": int(pairs["val-core/pair_accuracy/n"]),
         "stage_seconds": {name: int((run / "seconds" / name).read_text()) for name in ("data", "sft", "pairs", "reward_model", "ppo")},
-        "phase_seconds": phases,
+        "phase_seconds": {stage: phase_seconds(lines) for stage, lines in steps.items()},
     }
 
 
-def percent(interval: Interval) -> str:
-    mean, low, high = (100 * value for value in interval)
-    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
-
-
 def results(r: dict[str, Any]) -> Table:
-    mean, low, high = (100 * value for value in r["difference"])
-    table = Table("", "before PPO", "after PPO", "difference", title=f"Spelling backward, seed {r['seed']}, after {r['ppo_steps']} PPO steps")
+    table = Table("", "before PPO", "after PPO", "difference", title=f"Spelling backward, seed {r['seed']}, after {r['steps'][1]} PPO steps")
     table.add_row(
         f"accuracy, greedy, {r['problems']} held-out words [95 %]",
         percent(r["accuracy_before"]),
         percent(r["accuracy_after"]),
-        f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]",
+        points(r["difference"]),
     )
     for label, name in (("reward by the reward model, in deviations", "reward_model"), ("reward by the verifier (PPO never sees it)", "verifier")):
         before, after = r[f"{name}_before"], r[f"{name}_after"]
