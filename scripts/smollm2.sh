@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real pretrained model, SmolLM2-135M-Instruct, learns small sums by GRPO with LoRA and a verifier: on every GPU there is, else on two CPU
-# ranks (about ten minutes on two cores). Further arguments are overrides of scripts/recipes/smollm2_grpo.yaml. Called again it goes on.
+# ranks (eight minutes on two idle cores). Further arguments are overrides of scripts/recipes/smollm2_grpo.yaml. Called again it goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
