@@ -181,6 +181,18 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="anything but 1 is refused in training (trap 18)")
     eos_token_ids: list[int] = Field(default_factory=list, description="further end tokens, besides those of tokenizer and generation_config")
     max_batch: int = Field(128, ge=1, description="most sequences decoded together on a rank")
+    cache_tokens: int = Field(
+        0, ge=0, description="tokens that the KV cache of a rank holds; 0 = what max_batch sequences need, as far as memory allows"
+    )
+    memory_fraction: float = Field(0.85, gt=0, lt=1, description="share of the memory that is free at the first rollout which the KV cache may take")
+    prefill_tokens: int = Field(16_384, ge=1, description="most prompt tokens in one forward")
+    release: bool = Field(
+        False,
+        description="give the memory of rollout weights and KV cache back for the update (GPU; or `release_inference_cache` of a DeepSpeed JSON)",
+    )
+    balance: Literal["auto", "queue", "plan"] = Field(
+        "auto", description="prompts to ranks: pulled from a shared queue, or planned ahead; auto = plan where `deterministic`, else queue"
+    )
 
     @model_validator(mode="after")
     def _full_distribution(self) -> RolloutConfig:
@@ -568,6 +580,35 @@ def read_deepspeed(source: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
     raise ValueError(f"deepspeed={source}: no such file; ds_configs/ has zero1.json, zero2.json and zero3.json")
 
 
+_HYBRID_ENGINE = {"enabled", "max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters", "tp_gather_partition_size"}
+
+
+def hybrid_engine_words(source: str | dict[str, Any]) -> dict[str, Any]:
+    """The block `hybrid_engine` of a DeepSpeed JSON, which DeepSpeed-Chat's users know, as this engine's settings: {"max_context", "release"}.
+
+    pin_parameters and tp_gather_partition_size have nothing to set here: weights are gathered in one pass and keep their place. ValueError for what
+    cannot be had."""
+    tree, origin = read_deepspeed(source)
+    block = tree.get("hybrid_engine", {})
+    if not isinstance(block, dict):
+        raise ValueError(f"{origin}: `hybrid_engine` must be an object")
+    for key in block:
+        if key not in _HYBRID_ENGINE:
+            raise ValueError(f"{origin}: `hybrid_engine.{key}` is unknown; known: {', '.join(sorted(_HYBRID_ENGINE))}")
+    if block.get("enabled", True) is not True:
+        raise ValueError(
+            f"{origin}: `hybrid_engine.enabled` is {block['enabled']!r}: rollouts have no other engine; set it to true or remove the block"
+        )
+    if block.get("inference_tp_size", 1) != 1:
+        raise ValueError(
+            f"{origin}: `hybrid_engine.inference_tp_size` is {block['inference_tp_size']!r}: every rank decodes with whole weights; set it to 1"
+        )
+    longest = block.get("max_out_tokens", 0)
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 0:
+        raise ValueError(f"{origin}: `hybrid_engine.max_out_tokens` is {longest!r}: a number of tokens (prompt and response) is needed")
+    return {"max_context": longest, "release": bool(block.get("release_inference_cache", False))}
+
+
 def resolve_deepspeed(
     source: str | dict[str, Any], *, dtype: str, trained: bool, micro_batch: int, world_size: int, max_grad_norm: float = 0.0, on_gpu: bool
 ) -> dict[str, Any]:
@@ -576,7 +617,7 @@ def resolve_deepspeed(
     dtype is "float32" or "bfloat16". A frozen model runs at stage 3 or 0 (DeepSpeed has no other stage without an optimizer).
     """
     tree, origin = read_deepspeed(source)
-    tree.pop("hybrid_engine", None)  # the user's words for our rollout engine, never DeepSpeed's own
+    tree.pop("hybrid_engine", None)  # `hybrid_engine_words` has read it; DeepSpeed's own engine never sees it
     for key, mend in _REFUSED.items():
         block = tree.pop(key, None)
         if block not in (None, "auto", {}, False) and not (isinstance(block, dict) and block.get("enabled") in (False, "auto")):

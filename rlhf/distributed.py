@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ class World:
     device: torch.device
     store: dist.Store | None = None
     _meetings: int = field(default=0, repr=False)
+    _queues: int = field(default=0, repr=False)
     _left: str | None = field(default=None, repr=False)
 
     @property
@@ -100,6 +101,19 @@ class World:
         """Publish that this rank is making progress (no collective: a key in the store)."""
         if self.store is not None:
             self.store.set(f"beat/{self.rank}", repr(time.time()))
+
+    def shared_queue(self, length: int) -> Callable[[], int | None]:
+        """A queue 0, 1, ..., length - 1 that all ranks pull from, each number once, on the store: no collective. Made by all ranks in the same order."""
+        self._queues += 1
+        key, store, served = f"queue/{self._queues}", self.store, iter(range(length))
+        if store is None:
+            return lambda: next(served, None)
+
+        def take() -> int | None:
+            number = store.add(key, 1) - 1
+            return number if number < length else None
+
+        return take
 
     def wait_for_all(self, phase: str, poll: float = 0.002) -> None:
         """Wait until every rank has arrived here, on the store: no collective, so no collective's timeout, however uneven the ranks are.

@@ -41,12 +41,21 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. temperature 0 = greedy. `stream` keeps training and validation noise apart (trap 34)."""
+    """How to draw tokens. temperature 0 = greedy. `stream` keeps training and validation noise apart (trap 34).
+
+    Everything but temperature changes the distribution that is sampled from; `rollout_logprobs` are under that one.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and response, as in transformers
+    min_new_tokens: int = 0  # no end token before
+    bad_token_ids: tuple[int, ...] = ()  # never sampled
+    stop: tuple[str, ...] = ()  # a response ends with the token that completes one of these texts
+    entropy: bool = False  # also keep the entropy of every distribution sampled from
     seed: int = 0
     stream: int = 0  # 0 = training, 1 = validation
 
@@ -61,8 +70,9 @@ class Rollout:
     input_ids: Tensor  # [B, T] int64: prompt, response, right padding
     prompt_lengths: Tensor  # [B] int64
     response_lengths: Tensor  # [B] int64; the EOS counts
-    finished: Tensor  # [B] bool: ended by an EOS (else by the window)
+    finished: Tensor  # [B] bool: ended by an EOS or a stop text (else by the window)
     rollout_logprobs: Tensor  # [B, R] float32, as sampled; 0 beyond the response
+    entropies: Tensor | None = None  # [B, R] float32, of the distributions sampled from; only where asked for
 
     @property
     def response_mask(self) -> Tensor:

@@ -16,13 +16,12 @@ from random import Random
 from string import ascii_lowercase
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rlhf.models.loading import eos_token_ids, load_tokenizer
-from rlhf.rollout import HybridEngine
+from rlhf.models.loading import load_tokenizer
+from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.types import Prompt, Sampling
 
 SAMPLES = 6  # of the model, per word
@@ -34,8 +33,7 @@ HELD_OUT = 500  # words; one pair of each, so that the pairs of the reported acc
 def sample(folder: Path, rows: list[dict[str, str]], seed: int) -> list[list[str]]:
     """`SAMPLES` responses of the model to each row, those that never end left out."""
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = HybridEngine(model, eos_token_ids(folder, tokenizer, []), int(tokenizer.pad_token_id), max_batch=512)
+    engine = HybridEngine.from_folder(folder, EngineSettings(max_batch=512, page_size=16), torch.device("cpu"), torch.float32, tokenizer)
     prompts = [Prompt(tokenizer(row["prompt"])["input_ids"], row["prompt"], "words") for row in rows]
     rollout = engine.generate(prompts, list(range(len(prompts))), SAMPLES, Sampling(MAX_NEW_TOKENS, seed=seed))
     texts = tokenizer.batch_decode([rollout.response_ids(i) for i in range(len(rollout))], skip_special_tokens=True)

@@ -147,7 +147,7 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
     parameters = dict(module.named_parameters())  # tied ones once
     aliases = dict(module.named_parameters(remove_duplicate=False))
     prefix = getattr(module, "base_model_prefix", "") or getattr(module, "body_name", "")
-    keys = {name: _file_key(name, [n for n, p in aliases.items() if p is parameters[name]], files, prefix) for name in parameters}
+    keys = {name: file_key(name, [n for n, p in aliases.items() if p is parameters[name]], files, prefix) for name in parameters}
     missing = [name for name, key in keys.items() if key is None and name not in optional]
     used = {key for key in keys.values() if key}
     ignored = ("lm_head.", "score.", "embed_out.") if hasattr(module, "body_name") else ("score.",)
@@ -183,7 +183,7 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
     return {name for name, key in keys.items() if key}
 
 
-def _file_key(name: str, aliases: list[str], files: dict[str, Path], prefix: str) -> str | None:
+def file_key(name: str, aliases: list[str], files: dict[str, Path], prefix: str) -> str | None:
     """The tensor of the files that holds this parameter: under its own name, a tied one, or with / without the body's prefix."""
     for alias in [name, *aliases]:
         for candidate in (alias, alias.removeprefix(f"{prefix}."), f"{prefix}.{alias}"):

@@ -1,5 +1,5 @@
 """Generation inside the training program, on the training weights."""
 
-from rlhf.rollout.engine import HybridEngine
+from rlhf.rollout.engine import EngineSettings, HybridEngine
 
-__all__ = ["HybridEngine"]
+__all__ = ["EngineSettings", "HybridEngine"]

@@ -6,6 +6,8 @@ have no influence, so the same sample always gets the same noise (trap 25), and 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,16 +51,20 @@ def _mix32(x: Tensor) -> Tensor:
     return x
 
 
-def gumbel_noise(keys: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """[B, V] float32 standard Gumbel noise for the token at `positions` [B] of the rows with `keys` [B]."""
+SAMPLE_BLOCK = 128  # tokens that are drawn together first
+BLOCK_STREAM = 1 << 31  # noise indices from here on are blocks', below are tokens'
+
+
+def gumbel_noise(keys: Tensor, positions: Tensor, indices: Tensor) -> Tensor:
+    """[B, n] float32 standard Gumbel noise of the tokens (or blocks) `indices` [n] or [B, n] at `positions` [B] of the rows with `keys` [B]."""
     mixed = keys ^ (positions.to(keys.device).long() * _signed(_GOLDEN, 64))
     mixed = mixed ^ ((mixed >> 32) & 0xFFFFFFFF)
     mixed = mixed * _signed(0xD6E8FEB86659FD93, 64)
     mixed = mixed ^ ((mixed >> 32) & 0xFFFFFFFF)
     mixed = mixed * _signed(0xD6E8FEB86659FD93, 64)
     low, high = mixed.int(), (mixed >> 32).int()
-    tokens = torch.arange(vocabulary, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B1, 32)
-    bits = _mix32(tokens[None, :] ^ low[:, None])
+    spread = indices.to(keys.device).to(torch.int32) * _signed(0x9E3779B1, 32)
+    bits = _mix32(spread.expand(len(keys), spread.shape[-1]) ^ low[:, None])
     bits = _mix32(bits.add_(high[:, None]))
     # bits -> u in (0, 1) with full resolution near 0; E = -log(1 - u) is exponential and precise where it is small, which is where
     # the largest (deciding) Gumbel values -log(E) come from.
@@ -67,29 +73,68 @@ def gumbel_noise(keys: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     return torch.log1p(uniform.neg_()).neg_().log_().neg_()
 
 
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """[B, V] logits with everything outside top-k / top-p (nucleus, Holtzman et al. 2019, arXiv:1904.09751) at -inf."""
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1.0:
-        ordered, index = logits.sort(dim=-1, descending=True)
+def plain(sampling: Sampling) -> bool:
+    """Nothing but temperature: one pass over the logits is enough."""
+    return (
+        sampling.top_k == 0
+        and sampling.top_p >= 1
+        and sampling.min_p == 0
+        and sampling.repetition_penalty == 1
+        and sampling.min_new_tokens == 0
+        and not sampling.bad_token_ids
+        and not sampling.entropy
+    )
+
+
+def shape_logits(logits: Tensor, sampling: Sampling, too_early: Tensor, eos: Tensor, seen: Tensor | None) -> Tensor:
+    """[B, V] float32 logits of the distribution to sample from, in the order of transformers' processors: penalty, forbidden tokens, temperature,
+    top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751), min-p (Nguyen et al. 2024, arXiv:2407.01082).
+
+    too_early: [B] bool, rows that must not end yet; seen: [B, V] bool, tokens under the repetition penalty (Keskar et al. 2019, arXiv:1909.05858).
+    """
+    out = logits.float().clone()
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        out = torch.where(seen, torch.where(out > 0, out / penalty, out * penalty), out)
+    for token in sampling.bad_token_ids:  # one by one: a list of indices would be a copy from the host, which a graph cannot hold
+        out[:, token] = -torch.inf
+    if sampling.min_new_tokens:
+        out[:, eos] = torch.where(too_early[:, None], -torch.inf, out[:, eos])
+    if sampling.temperature == 0:
+        return out
+    out = out / sampling.temperature
+    if sampling.top_k:
+        kth = out.topk(min(sampling.top_k, out.shape[-1]), dim=-1).values[:, -1:]
+        out = out.masked_fill(out < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = out.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= top_p  # the token that crosses top_p is kept
-        logits = logits.masked_fill(outside.scatter(-1, index, outside), float("-inf"))
-    return logits
+        outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p  # the token that crosses top_p is kept
+        out = out.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+    if sampling.min_p > 0:
+        out = out.masked_fill(out < out.amax(-1, keepdim=True) + math.log(sampling.min_p), -torch.inf)
+    return out
 
 
-def sample(logits: Tensor, sampling: Sampling, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B], logprob [B] float32 under the distribution sampled from), by the Gumbel-max trick (Gumbel 1954).
+def sample(logits: Tensor, temperature: float, noise: bool, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(token [B], logprob [B] float32 under softmax(logits / temperature)); without noise the largest logit.
 
-    temperature 0 takes the largest logit; its logprob is then that of the distribution at temperature 1.
+    By the Gumbel-max trick (Gumbel 1954) twice: among blocks of tokens by their log-sum-exp, then among the tokens of the block that won. The
+    distribution is the softmax exactly (a maximum of Gumbels is a Gumbel at the log-sum-exp; Maddison et al. 2014, arXiv:1411.0030), and
+    noise is needed for a hundredth of the vocabulary only.
     """
     scaled = logits.float()
-    if sampling.temperature > 0:
-        scaled = filter_logits(scaled / sampling.temperature, sampling.top_k, sampling.top_p)
-        token = (scaled + gumbel_noise(keys, positions, scaled.shape[-1])).argmax(-1)
+    if temperature != 1.0:
+        scaled = scaled / temperature
+    batch, vocabulary = scaled.shape
+    short = -vocabulary % SAMPLE_BLOCK
+    blocks = (torch.nn.functional.pad(scaled, (0, short), value=-torch.inf) if short else scaled).view(batch, -1, SAMPLE_BLOCK)
+    sums = blocks.logsumexp(-1)
+    if noise:
+        block = (sums + gumbel_noise(keys, positions, torch.arange(blocks.shape[1]) + BLOCK_STREAM)).argmax(-1)
     else:
-        token = scaled.argmax(-1)
-    logprob = scaled.gather(-1, token[:, None]).squeeze(1) - scaled.logsumexp(-1)
-    return token, logprob
+        block = blocks.amax(-1).argmax(-1)
+    inside = blocks[torch.arange(batch, device=blocks.device), block]
+    tokens = block[:, None] * SAMPLE_BLOCK + torch.arange(SAMPLE_BLOCK, device=blocks.device)
+    place = (inside + gumbel_noise(keys, positions, tokens) if noise else inside).argmax(-1, keepdim=True)
+    return tokens.gather(-1, place).squeeze(1), inside.gather(-1, place).squeeze(1) - sums.logsumexp(-1)

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from rlhf.batching import MicroBatchPlan, collate, plan_micro_batches, split_minibatches
-from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_origin
+from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_origin, hybrid_engine_words
 from rlhf.data import DrawSampler, load_prompts
 from rlhf.distributed import World
-from rlhf.engine import FrozenEngine, StepResult, TrainEngine, WholePlacement, loading_context
+from rlhf.engine import FrozenEngine, StepResult, TrainEngine, loading_context
 from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
 from rlhf.models.forward import response_logprobs, response_values
 from rlhf.models.loading import (
-    empty_causal_lm,
     eos_token_ids,
     load_causal_lm,
     load_scalar_model,
@@ -32,15 +31,16 @@ from rlhf.models.loading import (
     model_dtype,
     read_architecture,
     score_statistics,
+    without_dropout,
 )
 from rlhf.models.lora import adapters_off, weight_layout
 from rlhf.ops.kl import KLController, kl_loss
 from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
 from rlhf.rewards import FunctionReward, RewardModel, Rewards
-from rlhf.rollout import HybridEngine
+from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.trainers.run import Best, Run, check_same_data, device_peak_flops, peak_memory_mb, start_run
-from rlhf.trainers.validation import Validator, write_training_samples
+from rlhf.trainers.validation import Validator, share_out, write_training_samples
 from rlhf.types import Experience, LossOutput, MicroBatch, Prompt, Rollout, Sampling
 
 
@@ -79,8 +79,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     for text in [report.summary(), *([held_out_report.summary()] if held_out_report else []), *overlap]:
         run.console.message(text)
     check_same_data(world, (p.input_ids for p in prompts + held_out))  # (collective)
-    check_lengths(config, prompts, held_out)
-    models = build_models(run)
+    models = build_models(run, check_lengths(config, prompts, held_out))
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
     validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
@@ -90,6 +89,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     if start:
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])
+
+    release = config.rollout.release or hybrid_engine_words(config.deepspeed)["release"]
 
     def hand_over() -> None:  # (collective)
         models.hybrid_engine.load_weights(models.actor.full_tensors(weight_layout(models.actor.module)))
@@ -107,9 +108,10 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         timer.start_step()
         draws = sampler.next(config.rollout.prompts)
         with timer.phase("gen"):
-            mine = draws[world.rank :: world.size]
-            local = models.hybrid_engine.generate([prompts[d.row] for d in mine], [d.draw for d in mine], config.rollout.group_size, sampling(config))
+            local = share_out(models.hybrid_engine, [prompts[d.row] for d in draws], [d.draw for d in draws], sampling(config), config, world)
             world.wait_for_all("rollout")
+            if release:
+                models.hybrid_engine.release()
             rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
         with timer.phase("reward"):
             scores = models.rewards.score(rollout)  # (collective)
@@ -169,7 +171,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 # Models
 
 
-def build_models(run: Run) -> Models:
+def build_models(run: Run, max_context: int) -> Models:
     """Load all roles, each under its own DeepSpeed settings. (collective)"""
     config, world = run.config, run.world
     assert config.train.steps is not None and config.actor.path is not None
@@ -180,7 +182,6 @@ def build_models(run: Run) -> Models:
         role = config.critic.model_copy(update={"path": critic_origin(config)})
         critic = run.train_engine(role, "critic", config.train.steps * updates, scalar_head=config.critic.head)
     scorers = [_scorer(run, component) for component in config.reward.components]
-    replica = empty_causal_lm(config.actor, "actor", WholePlacement(world), model_dtype(config.actor, world.device))
     ends = eos_token_ids(config.actor.path, run.tokenizer, config.rollout.eos_token_ids)
     assert isinstance(run.tokenizer.pad_token_id, int)
     return Models(
@@ -188,7 +189,27 @@ def build_models(run: Run) -> Models:
         critic=critic,
         reference=_reference(run, actor) if config.uses_reference else None,
         rewards=Rewards(config.reward, scorers, run.tokenizer, world),
-        hybrid_engine=HybridEngine(replica, ends, run.tokenizer.pad_token_id, config.rollout.max_batch, world.beat),
+        hybrid_engine=HybridEngine(
+            without_dropout(read_architecture(config.actor, "actor")),
+            ends,
+            run.tokenizer.pad_token_id,
+            engine_settings(config, max_context),
+            world.device,
+            model_dtype(config.actor, world.device),
+            world.beat,
+            trust_remote_code=config.actor.trust_remote_code,
+        ),
+    )
+
+
+def engine_settings(config: Config, max_context: int) -> EngineSettings:
+    r = config.rollout
+    return EngineSettings(
+        max_batch=r.max_batch,
+        max_context=max_context,
+        cache_tokens=r.cache_tokens,
+        memory_fraction=r.memory_fraction,
+        prefill_tokens=r.prefill_tokens,
     )
 
 
@@ -234,8 +255,9 @@ def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple
     return apart, [f"{shared} of {len(prompts)} training prompts are held out too: dropped"]
 
 
-def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
-    """Raises ValueError if a prompt with its response would not fit the actor's positions."""
+def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> int:
+    """The most tokens of any prompt with its response. ValueError if they would not fit the actor's positions, or what a DeepSpeed JSON allows."""
+    most, allowed = 0, hybrid_engine_words(config.deepspeed)["max_context"]
     positions = getattr(read_architecture(config.actor, "actor").get_text_config(), "max_position_embeddings", None)
     window = config.rollout.max_new_tokens
     for name, rows, new in (("training", prompts, window), ("validation", held_out, config.validation.max_new_tokens or window)):
@@ -245,6 +267,13 @@ def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt])
                 f"the longest {name} prompt has {longest} tokens; with {new} new ones that is more than the model's {positions} positions "
                 "(max_position_embeddings): lower data.max_prompt_tokens or max_new_tokens"
             )
+        if allowed and longest + new > allowed:
+            raise ValueError(
+                f"the longest {name} prompt has {longest} tokens; with {new} new ones that is more than hybrid_engine.max_out_tokens={allowed} of the "
+                "DeepSpeed JSON: raise it, or lower data.max_prompt_tokens or max_new_tokens"
+            )
+        most = max(most, longest + new if rows else 0)
+    return most
 
 
 def _accuracy_metric(prompts: list[Prompt]) -> str:
@@ -415,8 +444,8 @@ class Accounting:
     def __init__(self, run: Run, models: Models) -> None:
         self.timer, self.world, self.config, self.models = run.timer, run.world, run.config, models
         self.peak = device_peak_flops()
-        self.shape = model_shape(models.hybrid_engine.replica.config)
-        self.scalar = model_shape(models.hybrid_engine.replica.config, head_outputs=1)
+        self.shape = model_shape(models.hybrid_engine.config)
+        self.scalar = model_shape(models.hybrid_engine.config, head_outputs=1)
 
     def __call__(self, rollout: Rollout, actor_updates: int) -> dict[str, float]:
         p, n = rollout.prompt_lengths.numpy(), rollout.response_lengths.numpy()

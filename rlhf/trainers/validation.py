@@ -39,10 +39,9 @@ class Validator:
         """Metrics of the current weights; the engine must hold them. A sample that the verifier cannot judge counts as wrong. (collective)"""
         v = self.config.validation
         sampling = Sampling(
-            v.max_new_tokens or self.config.rollout.max_new_tokens, v.temperature, v.top_k, v.top_p, self.config.seed, stream=VALIDATION_STREAM
+            v.max_new_tokens or self.config.rollout.max_new_tokens, v.temperature, v.top_k, v.top_p, seed=self.config.seed, stream=VALIDATION_STREAM
         )
-        mine = list(range(self.world.rank, len(self.prompts), self.world.size))
-        local = self.hybrid_engine.generate([self.prompts[i] for i in mine], mine, 1, sampling)
+        local = share_out(self.hybrid_engine, self.prompts, list(range(len(self.prompts))), sampling, self.config, self.world, group_size=1)
         self.world.wait_for_all("validation")
         rollout = gather_rollout(local, dict(enumerate(self.prompts)), self.world)
         verdict, failures = score_with_function(self.verifier, rollout, self.tokenizer, self.world)
@@ -66,6 +65,23 @@ class Validator:
             write_samples(self.samples_dir / f"validation-{step:06d}.jsonl", rows)
             np.save(self.samples_dir / f"validation-{step:06d}-correct.npy", correct.numpy().astype(bool))
         return metrics
+
+
+def share_out(
+    engine: HybridEngine, prompts: list[Prompt], draws: list[int], sampling: Sampling, config: Config, world: World, group_size: int = 0
+) -> Rollout:
+    """This rank's part of the responses to all prompts; the same tokens however they are shared out (trap 25). No collective.
+
+    By plan every rank takes each size-th prompt. By queue a rank pulls the next prompt when it has room, and has no more rows in flight than its
+    even share of them times three quarters: the rest goes to whoever is done first.
+    """
+    group = group_size or config.rollout.group_size
+    deterministic = config.deterministic if config.deterministic is not None else world.device.type == "cpu"
+    balance = config.rollout.balance if config.rollout.balance != "auto" else ("plan" if deterministic else "queue")
+    if world.size == 1 or balance == "plan":
+        return engine.generate(prompts[world.rank :: world.size], draws[world.rank :: world.size], group, sampling)
+    most = max(group, -(-len(prompts) * group * 3 // (4 * world.size)))
+    return engine.generate(prompts, draws, group, sampling, take=world.shared_queue(len(prompts)), most=most)
 
 
 def _interval(metrics: dict[str, float], name: str, correct: torch.Tensor) -> None:

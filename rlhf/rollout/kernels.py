@@ -1,0 +1,560 @@
+"""The GPU kernels of the rollout, in Triton. Each has its plain torch counterpart in `paged`, `decoder` or `sampler`, which runs on CPU.
+
+They round where transformers' own modules round (norms, rotary embedding, activation), so that a rollout's logprobs differ from the training
+forward's by the order of sums alone. The module imports without Triton; calling then fails.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.rollout.sampler import SAMPLE_BLOCK
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch comes without it
+
+    class _Absent:
+        """Lets the definitions below be read without Triton."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, function: Any = None, **_: Any) -> Any:
+            return function if function is not None else (lambda f: f)
+
+    triton = tl = _Absent()  # type: ignore[assignment]
+
+
+@functools.cache
+def _early() -> dict[str, Any]:
+    """Launch options of a kernel that may be set up while the one before it still runs (programmatic dependent launch, compute capability 9): the gap
+    between two kernels of a graph shrinks. Such a kernel waits (`gdc_wait`) before it touches memory."""
+    pays = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}
+
+
+# ---------------------------------------------------------------------------------------------------------------- decoder
+
+
+@triton.jit(do_not_specialize=["n"])
+def _add_norm(X, DELTA, WEIGHT, OUT, n, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    x = tl.load(X + row * H + column, mask=inside, other=0.0)
+    if ADD:
+        x = (x.to(tl.float32) + tl.load(DELTA + row * H + column, mask=inside, other=0.0).to(tl.float32)).to(X.dtype.element_ty)
+        tl.store(X + row * H + column, x, mask=inside)
+    x = x.to(tl.float32)
+    scaled = (x * tl.rsqrt(tl.sum(x * x, 0) / H + eps)).to(OUT.dtype.element_ty)
+    weight = tl.load(WEIGHT + column, mask=inside, other=0.0)
+    tl.store(OUT + row * H + column, (scaled.to(tl.float32) * weight.to(tl.float32)).to(OUT.dtype.element_ty), mask=inside)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """x [n, H] += delta, in place; returns RMSNorm(x) * weight."""
+    n, hidden = x.shape
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(hidden)
+    warps = 4 if block <= 2048 else 8
+    _add_norm[(n,)](x, x if delta is None else delta, weight, out, n, eps, hidden, block, delta is not None, num_warps=warps, **_early())
+    return out
+
+
+@triton.jit(do_not_specialize=["stride", "width"])
+def _rope_and_cache(
+    QKV, stride, COS, SIN, POSITION, SLOT, TABLE, width, KEYS, VALUES, QNORM, KNORM, eps,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, HALF)
+    inside = i < D // 2
+    source = QKV + token * stride + head * D
+    low, high = tl.load(source + i, mask=inside, other=0.0), tl.load(source + D // 2 + i, mask=inside, other=0.0)
+    position = tl.load(POSITION + token)
+    dtype = QKV.dtype.element_ty
+    if head < HQ + HK:
+        if NORM:
+            weight = QNORM if head < HQ else KNORM
+            a, b = low.to(tl.float32), high.to(tl.float32)
+            rstd = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
+            wa, wb = tl.load(weight + i, mask=inside, other=0.0), tl.load(weight + D // 2 + i, mask=inside, other=0.0)
+            low = ((a * rstd).to(dtype).to(tl.float32) * wa.to(tl.float32)).to(dtype)
+            high = ((b * rstd).to(dtype).to(tl.float32) * wb.to(tl.float32)).to(dtype)
+        cos = tl.load(COS + position * (D // 2) + i, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(SIN + position * (D // 2) + i, mask=inside, other=0.0).to(tl.float32)
+        a, b = low.to(tl.float32), high.to(tl.float32)
+        # Products rounded one by one, as the training model's elementwise operations do.
+        low = ((a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)).to(dtype)
+        high = ((b * cos).to(dtype).to(tl.float32) + (a * sin).to(dtype).to(tl.float32)).to(dtype)
+        tl.store(source + i, low, mask=inside)
+        tl.store(source + D // 2 + i, high, mask=inside)
+    if head >= HQ:
+        slot = tl.load(SLOT + token)
+        page = tl.load(TABLE + slot * width + position // PAGE).to(tl.int64)
+        pool = KEYS if head < HQ + HK else VALUES
+        target = pool + ((page * PAGE + position % PAGE) * HK + (head - HQ) % HK) * D
+        tl.store(target + i, low, mask=inside)
+        tl.store(target + D // 2 + i, high, mask=inside)
+
+
+def rope_and_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, table: Tensor, pool: Tensor,
+    heads: int, kv_heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    """Normalise (where the model does) and rotate q and k of qkv [n, (heads + 2 kv_heads) * D] in place; write k and v to pool [2, pages, page, HK, D].
+
+    cos, sin: [positions, D / 2]."""
+    n, dim = len(qkv), qkv.shape[1] // (heads + 2 * kv_heads)
+    assert qkv.stride(1) == 1
+    _rope_and_cache[(n, heads + 2 * kv_heads)](
+        qkv, qkv.stride(0), cos, sin, positions, slots, table, table.stride(0), pool[0], pool[1],
+        cos if q_norm is None else q_norm, cos if k_norm is None else k_norm, eps,
+        heads, kv_heads, dim, triton.next_power_of_2(dim // 2), pool.shape[2], q_norm is not None, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["ks", "vs", "width"])
+def _write_cache(K, ks, V, vs, KEYS, VALUES, SLOT, POSITION, TABLE, width, W: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    position = tl.load(POSITION + token)
+    page = tl.load(TABLE + tl.load(SLOT + token) * width + position // PAGE).to(tl.int64)
+    target = (page * PAGE + position % PAGE) * W + i
+    tl.store(KEYS + target, tl.load(K + token * ks + i, mask=i < W), mask=i < W)
+    tl.store(VALUES + target, tl.load(V + token * vs + i, mask=i < W), mask=i < W)
+
+
+def write_cache(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, positions: Tensor, table: Tensor) -> None:
+    """k, v [n, HK, D] into pool [2, pages, page, HK, D] at each token's place."""
+    n, width = len(k), k.shape[1] * k.shape[2]
+    k, v = k.reshape(n, width), v.reshape(n, width)
+    _write_cache[(n,)](
+        k,
+        k.stride(0),
+        v,
+        v.stride(0),
+        pool[0],
+        pool[1],
+        slots,
+        positions,
+        table,
+        table.stride(0),
+        width,
+        triton.next_power_of_2(width),
+        pool.shape[2],
+    )
+
+
+@triton.jit(do_not_specialize=["n"])
+def _silu_mul(GU, OUT, n, I: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < I
+    gate = tl.load(GU + row * 2 * I + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(GU + row * 2 * I + I + column, mask=inside, other=0.0).to(tl.float32)
+    dtype = OUT.dtype.element_ty
+    act = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(OUT + row * I + column, (act * up).to(dtype), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[n, 2 I] -> silu(first half) * second half, [n, I]"""
+    n, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(n, width, dtype=gate_up.dtype, device=gate_up.device)
+    _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, out, n, width, 1024, num_warps=4, **_early())
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- attention
+
+SPLIT_TOKENS = 256  # least context that is worth a program of its own
+ATTENTION_BLOCK, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
+
+
+@dataclass
+class AttentionWorkspace:
+    """Partial results of split contexts; one for the whole engine, as layers and batches follow each other."""
+
+    partial: Tensor  # [rows * splits * heads, D] float32
+    statistics: Tensor  # [rows * splits * heads, 2] float32: maximum, sum
+    arrived: Tensor  # [rows * kv_heads] int32, zero between calls
+
+
+def attention_splits(batch: int, kv_heads: int, max_context: int, processors: int = 132) -> int:
+    """Most programs that share one context: enough to fill the device with few rows, and to even out long ones among many."""
+    return max(1, min(-(-max_context // SPLIT_TOKENS), max(8, -(-4 * processors // (batch * kv_heads)))))
+
+
+def attention_workspace(batches: list[int], heads: int, kv_heads: int, dim: int, max_context: int, device: torch.device) -> AttentionWorkspace:
+    rows = max(b * attention_splits(b, kv_heads, max_context) for b in batches) * heads
+    return AttentionWorkspace(
+        torch.empty(rows, dim, device=device),
+        torch.empty(rows, 2, device=device),
+        torch.zeros(max(batches) * kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _rms(low, high, WEIGHT, i, inside, dim, eps, dtype):
+    """RMSNorm of heads given as two halves [rows, D / 2]."""
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / dim + eps)[:, None]
+    wa, wb = tl.load(WEIGHT + i, mask=inside, other=0.0), tl.load(WEIGHT + dim // 2 + i, mask=inside, other=0.0)
+    low = ((a * rstd).to(dtype).to(tl.float32) * wa.to(tl.float32)[None, :]).to(dtype)
+    high = ((b * rstd).to(dtype).to(tl.float32) * wb.to(tl.float32)[None, :]).to(dtype)
+    return low, high
+
+
+@triton.jit
+def _rotate(low, high, cos, sin, dtype):
+    """Products rounded one by one, as the training model's elementwise operations do."""
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    first = ((a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)).to(dtype)
+    second = ((b * cos).to(dtype).to(tl.float32) + (a * sin).to(dtype).to(tl.float32)).to(dtype)
+    return first, second
+
+
+@triton.jit(do_not_specialize=["q_stride", "width", "window", "splits"])
+def _paged_attention(
+    Q, q_stride, KEYS, VALUES, TABLE, width, POSITION, OUT, PARTIAL, STATISTICS, ARRIVED, COS, SIN, QNORM, KNORM, scale, window, splits, eps,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row, head, split = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.program_id(2)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    context = tl.load(POSITION + row).to(tl.int32) + 1
+    first = 0
+    if WINDOW:
+        first = tl.maximum(context - window, 0)
+    begin = first // BN * BN
+    span = tl.maximum(tl.cdiv(tl.cdiv(context - begin, splits), BN) * BN, LEAST)
+    parts = tl.cdiv(context - begin, span)
+    if split < parts:
+        g, d, i, j = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, HALF), tl.arange(0, BN)
+        inside = i < D // 2
+        dtype = Q.dtype.element_ty
+        source = Q + row * q_stride + (head * G + g)[:, None] * D + i[None, :]
+        wanted = (g < G)[:, None] & inside[None, :]
+        low, high = tl.load(source, mask=wanted, other=0.0), tl.load(source + D // 2, mask=wanted, other=0.0)
+        if ROTATE:
+            place = (context - 1).to(tl.int64) * (D // 2) + i
+            cos = tl.load(COS + place, mask=inside, other=0.0).to(tl.float32)[None, :]
+            sin = tl.load(SIN + place, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if NORM:
+                low, high = _rms(low, high, QNORM, i, inside, D, eps, dtype)
+            low, high = _rotate(low, high, cos, sin, dtype)
+            if split == parts - 1:  # this program reads the new token: it puts it into the cache first
+                one = tl.arange(0, 1)
+                k_at = Q + row * q_stride + (HQ + head + one)[:, None] * D + i[None, :]
+                k_low, k_high = tl.load(k_at, mask=inside[None, :], other=0.0), tl.load(k_at + D // 2, mask=inside[None, :], other=0.0)
+                if NORM:
+                    k_low, k_high = _rms(k_low, k_high, KNORM, i, inside, D, eps, dtype)
+                k_low, k_high = _rotate(k_low, k_high, cos, sin, dtype)
+                v_new = tl.load(Q + row * q_stride + (HQ + HK + head) * D + d, mask=d < D, other=0.0)
+                new_page = tl.load(TABLE + row * width + (context - 1) // PAGE).to(tl.int64)
+                target = ((new_page * PAGE + (context - 1) % PAGE) * HK + head) * D
+                tl.store(KEYS + target + one[:, None] + i[None, :], k_low, mask=inside[None, :])
+                tl.store(KEYS + target + D // 2 + one[:, None] + i[None, :], k_high, mask=inside[None, :])
+                tl.store(VALUES + target + d, v_new, mask=d < D)
+                tl.debug_barrier()
+        top = tl.full([GP], -1e30, tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, DP], tl.float32)
+        start_at = begin + split * span
+        end_at = tl.minimum(start_at + span, context)
+        factor = scale * 1.4426950408889634
+        for start in range(start_at, end_at, BN):
+            at = start + j
+            page = tl.load(TABLE + row * width + at // PAGE, mask=at < end_at, other=0).to(tl.int64)
+            where = (page * PAGE + at % PAGE) * (HK * D) + head * D
+            seen = at < end_at
+            if WINDOW:
+                seen = seen & (at >= first)
+            k_source = KEYS + where[:, None] + i[None, :]
+            k_low = tl.load(k_source, mask=seen[:, None] & inside[None, :], other=0.0)
+            k_high = tl.load(k_source + D // 2, mask=seen[:, None] & inside[None, :], other=0.0)
+            x = (tl.dot(low, tl.trans(k_low)) + tl.dot(high, tl.trans(k_high))) * factor
+            x = tl.where(seen[None, :], x, -1e30)
+            larger = tl.maximum(top, tl.max(x, 1))
+            p = tl.exp2(x - larger[:, None])
+            shrink = tl.exp2(top - larger)
+            total = total * shrink + tl.sum(p, 1)
+            v = tl.load(VALUES + where[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+            top = larger
+        heads = head * G + g
+        out = OUT + row * HQ * D + heads[:, None] * D + d[None, :]
+        shown = (g < G)[:, None] & (d < D)[None, :]
+        if parts == 1:
+            tl.store(out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=shown)
+        else:
+            piece = (row * splits + split) * HQ + heads
+            tl.store(PARTIAL + piece[:, None] * D + d[None, :], acc, mask=shown)
+            tl.store(STATISTICS + piece * 2, top, mask=g < G)
+            tl.store(STATISTICS + piece * 2 + 1, total, mask=g < G)
+            tl.debug_barrier()  # all of this program's stores, before it says that it is done
+            before = tl.atomic_add(ARRIVED + row * HK + head, 1, sem="acq_rel")
+            if before == parts - 1:  # the last to arrive puts the parts together, in their order
+                tl.debug_barrier()
+                top = tl.full([GP], -1e30, tl.float32)
+                total = tl.zeros([GP], tl.float32)
+                acc = tl.zeros([GP, DP], tl.float32)
+                for other in range(parts):
+                    piece = (row * splits + other) * HQ + heads
+                    its_top = tl.load(STATISTICS + piece * 2, mask=g < G, other=-1e30, cache_modifier=".cg")
+                    its_total = tl.load(STATISTICS + piece * 2 + 1, mask=g < G, other=0.0, cache_modifier=".cg")
+                    its = tl.load(PARTIAL + piece[:, None] * D + d[None, :], mask=shown, other=0.0, cache_modifier=".cg")
+                    larger = tl.maximum(top, its_top)
+                    mine, theirs = tl.exp2(top - larger), tl.exp2(its_top - larger)
+                    acc = acc * mine[:, None] + its * theirs[:, None]
+                    total = total * mine + its_total * theirs
+                    top = larger
+                tl.store(out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=shown)
+                tl.store(ARRIVED + row * HK + head, 0)
+
+
+@dataclass
+class Rotation:
+    """What turns the new token's q and k: cos, sin [positions, D / 2]; weights [D] of the heads' norms where the model has them."""
+
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+
+
+def paged_attention(
+    q: Tensor, heads: int, pool: Tensor, table: Tensor, positions: Tensor, scale: float, window: int | None, splits: int,
+    workspace: AttentionWorkspace, rotation: Rotation | None = None,
+) -> Tensor:  # fmt: skip
+    """One query per row over the pages of rows 0..B-1 of `table`, tokens 0..positions[b] -> [B, heads, D]. pool: [2, pages, page, HK, D].
+
+    q: [B, heads * D] with k and v in the cache already, or, with `rotation`, [B, (heads + 2 HK) * D] q|k|v as projected: then k and v are rotated and
+    written here. Long contexts are split and merged by the last program to arrive (FlashDecoding, Dao et al. 2023)."""
+    batch = len(q)
+    kv_heads, page, dim = pool.shape[3], pool.shape[2], pool.shape[4]
+    group = heads // kv_heads
+    out = torch.empty(batch, heads, dim, dtype=q.dtype, device=q.device)
+    r = rotation or Rotation(q, q, None, None, 0.0)
+    _paged_attention[(kv_heads, batch, splits)](
+        q, q.stride(0), pool[0], pool[1], table, table.stride(0), positions, out,
+        workspace.partial, workspace.statistics, workspace.arrived, r.cos, r.sin, q if r.q_norm is None else r.q_norm, q if r.k_norm is None else r.k_norm,
+        scale, window or 0, splits, r.eps,
+        heads, kv_heads, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(dim // 2)), group, max(16, triton.next_power_of_2(group)),
+        page, ATTENTION_BLOCK, SPLIT_TOKENS, window is not None, rotation is not None, r.q_norm is not None,
+        num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES, **_early(),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["batch", "width"])
+def _grow_pages(LENGTH, LIVE, TABLE, width, HELD, REFERENCES, FREE, FREE_COUNT, batch, PAGE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    slot = tl.arange(0, BLOCK)
+    inside = slot < batch
+    held = tl.load(HELD + slot, mask=inside, other=0)
+    needs = inside & (tl.load(LIVE + slot, mask=inside, other=0) != 0) & (tl.load(LENGTH + slot, mask=inside, other=0) == held * PAGE)
+    rank = tl.cumsum(needs.to(tl.int32), 0)
+    count = tl.load(FREE_COUNT)
+    page = tl.load(FREE + count - rank, mask=needs, other=0)
+    tl.store(TABLE + slot * width + held, page, mask=needs)
+    tl.store(REFERENCES + page, 1, mask=needs)
+    tl.store(HELD + slot, held + 1, mask=needs)
+    tl.debug_barrier()
+    tl.store(FREE_COUNT, count - tl.sum(needs.to(tl.int32), 0))
+
+
+def grow_pages(
+    lengths: Tensor, live: Tensor, table: Tensor, held: Tensor, references: Tensor, free: Tensor, free_count: Tensor, page_size: int
+) -> None:
+    """`PagedCache.grow` in one program."""
+    block = triton.next_power_of_2(len(lengths))
+    _grow_pages[(1,)](
+        lengths,
+        live,
+        table,
+        table.stride(0),
+        held,
+        references,
+        free,
+        free_count,
+        len(lengths),
+        page_size,
+        block,
+        num_warps=min(16, max(1, block // 128)),
+        **_early(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- sampler
+
+
+@triton.jit
+def _mix32(x):
+    x ^= x >> 16
+    x *= 0x85EBCA6B
+    x ^= x >> 13
+    x *= 0xC2B2AE35
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _gumbel(index, low, high):
+    """`sampler.gumbel_noise` of the tokens or blocks `index` (uint32), from the two halves of the row's mixed key."""
+    bits = _mix32(_mix32((index * 0x9E3779B1) ^ low) + high)
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-08)
+    # -log(1 - u), precise where u is small: there the deciding values come from.
+    small = u * (1 + u * (0.5 + u * (0.3333333333 + u * (0.25 + u * 0.2))))
+    return -tl.log(tl.where(u < 0.015625, small, -tl.log(1 - u)))
+
+
+@triton.jit
+def _mixed_key(KEY, NUMBER, row):
+    mixed = tl.load(KEY + row) ^ (tl.load(NUMBER + row).to(tl.int64) * -7046029254386353131)
+    mixed = mixed ^ ((mixed >> 32) & 0xFFFFFFFF)
+    mixed = mixed * -2960836687051489901
+    mixed = mixed ^ ((mixed >> 32) & 0xFFFFFFFF)
+    mixed = mixed * -2960836687051489901
+    return (mixed & 0xFFFFFFFF).to(tl.uint32), ((mixed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["vocabulary", "stride", "parts"])
+def _sample_parts(
+    LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, temperature, vocabulary, parts,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(1), tl.program_id(0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    source = row.to(tl.int64)
+    if MAPPED:
+        source = tl.load(SOURCE + row).to(tl.int64)
+    block = part * BLOCKS + tl.arange(0, BLOCKS)
+    token = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    x = tl.load(LOGITS + source * stride + token, mask=token < vocabulary, other=-float("inf")).to(tl.float32)
+    if TEMPERED:
+        x = x / temperature
+    most = tl.maximum(tl.max(x, 1), -1e38)  # of each block; a block without any allowed token must not give inf - inf
+    total = tl.sum(tl.exp(x - most[:, None]), 1)
+    top = tl.max(most, 0)
+    out = row * parts + part
+    tl.store(TOP + out, top)
+    tl.store(SUM + out, tl.sum(total * tl.exp(most - top), 0))
+    value = most
+    if NOISE:
+        low, high = _mixed_key(KEY, NUMBER, row)
+        value = most + tl.log(total) + _gumbel(block.to(tl.uint32) + 0x80000000, low, high)
+    tl.store(BEST + out, tl.max(value, 0))
+    tl.store(WHERE + out, part * BLOCKS + tl.argmax(value, 0))
+
+
+@triton.jit(do_not_specialize=["vocabulary", "stride", "parts"])
+def _sample_merge(
+    LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, TOKEN, LOGPROB, temperature, vocabulary, parts,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    i = tl.arange(0, PARTS)
+    inside = i < parts
+    winner = tl.argmax(tl.load(BEST + row * parts + i, mask=inside, other=-float("inf")), 0)
+    block = tl.load(WHERE + row * parts + winner)
+    top = tl.load(TOP + row * parts + i, mask=inside, other=-1e38)
+    most = tl.max(top, 0)
+    total = tl.sum(tl.load(SUM + row * parts + i, mask=inside, other=0.0) * tl.exp(top - most), 0)
+    source = row.to(tl.int64)
+    if MAPPED:
+        source = tl.load(SOURCE + row).to(tl.int64)
+    token = block * WIDTH + tl.arange(0, WIDTH)
+    x = tl.load(LOGITS + source * stride + token, mask=token < vocabulary, other=-float("inf")).to(tl.float32)
+    if TEMPERED:
+        x = x / temperature
+    value = x
+    if NOISE:
+        low, high = _mixed_key(KEY, NUMBER, row)
+        value = x + _gumbel(token.to(tl.uint32), low, high)
+    place = tl.argmax(value, 0)
+    chosen = tl.sum(tl.where(tl.arange(0, WIDTH) == place, x, 0.0), 0)
+    tl.store(TOKEN + row, (block * WIDTH + place).to(tl.int64))
+    tl.store(LOGPROB + row, chosen - most - tl.log(total))
+
+
+def sample(logits: Tensor, temperature: float, noise: bool, keys: Tensor, positions: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`sampler.sample` in one pass over the logits [m, V]: (token [B] int64, logprob [B] float32).
+
+    source: [B] row of `logits` for each sampled row; None = its own. temperature 1 = as given."""
+    batch, vocabulary = len(keys), logits.shape[1]
+    blocks = 32
+    parts = triton.cdiv(vocabulary, blocks * SAMPLE_BLOCK)
+    device = logits.device
+    best, top, total = torch.empty(3, batch, parts, device=device)
+    where = torch.empty(batch, parts, dtype=torch.int32, device=device)
+    token, logprob = torch.empty(batch, dtype=torch.int64, device=device), torch.empty(batch, device=device)
+    mapped = keys if source is None else source
+    flags = (noise, temperature != 1.0, source is not None)
+    _sample_parts[(parts, batch)](
+        logits, logits.stride(0), mapped, keys, positions, best, where, top, total, temperature, vocabulary, parts, blocks, SAMPLE_BLOCK, *flags,
+        num_warps=4, **_early(),
+    )  # fmt: skip
+    _sample_merge[(batch,)](
+        logits, logits.stride(0), mapped, keys, positions, best, where, top, total, token, logprob, temperature, vocabulary, parts,
+        triton.next_power_of_2(parts), SAMPLE_BLOCK, *flags, num_warps=1, **_early(),
+    )  # fmt: skip
+    return token, logprob
+
+
+@triton.jit(do_not_specialize=["batch", "window", "ends"])
+def _record(
+    TOKEN, LOGPROB, ROW, NEXT, LENGTH, NEW, LIVE, LIMIT, FORCED, IDS, LOGPROBS, LENGTHS, FINISHED, EOS, window, batch, ends,
+    END: tl.constexpr, FORCE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < batch
+    live = inside & (tl.load(LIVE + slot, mask=inside, other=0) != 0)
+    row = tl.load(ROW + slot, mask=live, other=0)
+    token = tl.load(TOKEN + slot, mask=live, other=0)
+    new = tl.load(NEW + slot, mask=live, other=0)
+    end = tl.arange(0, END)
+    ids = tl.load(EOS + end, mask=end < ends, other=-1)
+    stops = tl.sum((token[:, None] == ids[None, :]).to(tl.int32), 1) > 0
+    if FORCE:
+        due = tl.load(FORCED + row, mask=live, other=0)
+        token = tl.where((due > 0) & (due == new + 1), tl.load(EOS), token)
+        stops = tl.where(due > 0, due == new + 1, stops)
+    place = row.to(tl.int64) * window + new
+    tl.store(IDS + place, token.to(tl.int32), mask=live)
+    tl.store(LOGPROBS + place, tl.load(LOGPROB + slot, mask=live, other=0.0), mask=live)
+    tl.store(LENGTHS + row, new + 1, mask=live)
+    tl.store(FINISHED + row, stops, mask=live)
+    tl.store(NEXT + slot, token, mask=live)
+    tl.store(NEW + slot, new + 1, mask=live)
+    tl.store(LENGTH + slot, tl.load(LENGTH + slot, mask=live, other=0) + 1, mask=live)
+    tl.store(LIVE + slot, (stops == 0) & (new + 1 < tl.load(LIMIT + slot, mask=live, other=0)), mask=live)
+
+
+def record(token: Tensor, logprob: Tensor, state: Any, out: Any, eos: Tensor) -> None:
+    """`loop.record` in one launch: write down what was sampled and decide who goes on. state: `loop.Slots`, out: `loop.Outputs`."""
+    batch = len(token)
+    _record[(triton.cdiv(batch, 128),)](
+        token, logprob, state.row, state.token, state.length, state.new, state.live, state.limit, out.forced, out.ids, out.logprobs, out.lengths,
+        out.finished, eos, out.ids.shape[1], batch, len(eos), triton.next_power_of_2(len(eos)), out.forced is not out.lengths, 128, num_warps=4, **_early(),
+    )  # fmt: skip

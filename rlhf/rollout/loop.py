@@ -1,0 +1,211 @@
+"""The decode loop as the device sees it: the state of every batch slot, what was sampled so far, and one step for all slots.
+
+On a GPU a step is one captured graph per batch size: forward, sampling, bookkeeping, the next page. The host replays it and looks now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rlhf.rollout import kernels
+from rlhf.rollout.decoder import Decoder
+from rlhf.rollout.paged import DecodeStep, PagedCache
+from rlhf.rollout.sampler import plain, sample, shape_logits
+from rlhf.types import Sampling
+
+
+@dataclass
+class Slots:
+    """One entry per batch slot; the first `used` (which the host knows) may be live."""
+
+    row: Tensor  # [S] int64: row of the outputs
+    token: Tensor  # [S] int64: last token, to be fed
+    length: Tensor  # [S] int64: tokens in the cache = position of `token`
+    new: Tensor  # [S] int64: response tokens so far
+    key: Tensor  # [S] int64: noise key
+    limit: Tensor  # [S] int64: most response tokens
+    least: Tensor  # [S] int64: no end token before so many
+    live: Tensor  # [S] bool
+
+    @classmethod
+    def empty(cls, slots: int, device: torch.device) -> Slots:
+        names = [f.name for f in fields(cls)]
+        return cls(**{n: torch.zeros(slots, dtype=torch.bool if n == "live" else torch.int64, device=device) for n in names})
+
+    def put(self, slots: Tensor, **values: Tensor) -> None:
+        for name, value in values.items():
+            getattr(self, name)[slots] = value
+
+    def reorder(self, order: Tensor) -> None:
+        """Slot i takes what slot order[i] held, for the first len(order) slots."""
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            tensor[: len(order)] = tensor[order]
+
+
+@dataclass
+class Outputs:
+    """One entry per row of the call. `forced` [R] int64: a row ends exactly there (0 = by itself); `lengths` itself where nothing is forced."""
+
+    ids: Tensor  # [R, W] int32
+    logprobs: Tensor  # [R, W] float32
+    lengths: Tensor  # [R] int64
+    finished: Tensor  # [R] bool: ended by an end token
+    forced: Tensor  # [R] int64
+    entropies: Tensor | None  # [R, W] float32
+    seen: Tensor | None  # [R, V] bool: tokens of prompt and response, for the repetition penalty
+
+    @classmethod
+    def empty(cls, rows: int, window: int, vocabulary: int, device: torch.device, forced: bool, sampling: Sampling) -> Outputs:
+        lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        return cls(
+            ids=torch.zeros(rows, window, dtype=torch.int32, device=device),
+            logprobs=torch.zeros(rows, window, device=device),
+            lengths=lengths,
+            finished=torch.zeros(rows, dtype=torch.bool, device=device),
+            forced=torch.zeros_like(lengths) if forced else lengths,
+            entropies=torch.zeros(rows, window, device=device) if sampling.entropy else None,
+            seen=torch.zeros(rows, vocabulary, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1.0 else None,
+        )
+
+    def fits(self, rows: int, window: int, forced: bool, sampling: Sampling) -> bool:
+        kinds = ((self.forced is not self.lengths) == forced, (self.entropies is not None) == sampling.entropy)
+        penalised = (self.seen is not None) == (sampling.repetition_penalty != 1.0)
+        return self.ids.shape[0] >= rows and self.ids.shape[1] >= window and all(kinds) and penalised
+
+    def clear(self) -> None:
+        for tensor in (self.logprobs, self.lengths, self.finished, self.forced, self.entropies, self.seen):
+            if tensor is not None:
+                tensor.zero_()
+
+
+def draw_tokens(
+    logits: Tensor,
+    sampling: Sampling,
+    rows: Tensor,
+    keys: Tensor,
+    numbers: Tensor,
+    least: Tensor,
+    eos: Tensor,
+    out: Outputs,
+    source: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(token [B], logprob [B]) of response token `numbers` [B] of `rows` [B]. logits: [B, V], or [m, V] and `source` [B] says whose are whose."""
+    on_gpu = logits.device.type == "cuda"
+    if not plain(sampling):
+        logits = shape_logits(
+            logits if source is None else logits[source], sampling, numbers < least, eos, None if out.seen is None else out.seen[rows]
+        )
+        if out.entropies is not None:
+            logs = logits.log_softmax(-1)
+            entropy = -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1)
+            out.entropies[rows, numbers] = entropy
+        source = None
+    temperature = sampling.temperature if plain(sampling) and sampling.temperature > 0 else 1.0
+    if on_gpu:
+        token, logprob = kernels.sample(logits, temperature, sampling.temperature > 0, keys, numbers, source)
+    else:
+        token, logprob = sample(logits if source is None else logits[source], temperature, sampling.temperature > 0, keys, numbers)
+    if out.seen is not None:
+        out.seen[rows, token] = True
+    return token, logprob
+
+
+def record(token: Tensor, logprob: Tensor, state: Slots, out: Outputs, eos: Tensor) -> None:
+    """Write down what the first B slots sampled, and decide who goes on. The end token belongs to the response (trap 3)."""
+    if token.device.type == "cuda":
+        kernels.record(token, logprob, state, out, eos)
+        return
+    batch = len(token)
+    alive = state.live[:batch].nonzero().squeeze(1)
+    row, token, new = state.row[alive], token[alive], state.new[alive]
+    stops = torch.isin(token, eos)
+    if out.forced is not out.lengths:
+        due = out.forced[row]
+        token = torch.where((due > 0) & (due == new + 1), eos[0], token)
+        stops = torch.where(due > 0, due == new + 1, stops)
+    out.ids[row, new] = token.int()
+    out.logprobs[row, new] = logprob[alive]
+    out.lengths[row], out.finished[row] = new + 1, stops
+    state.token[alive], state.new[alive] = token, new + 1
+    state.length[alive] += 1
+    state.live[alive] = ~stops & (new + 1 < state.limit[alive])
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Batch sizes with a graph of their own, up to `most`: a step for more rows costs more, a graph too."""
+    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(288, 513, 32), *range(576, 1025, 64), *range(1152, 4097, 128)]
+    return [*(s for s in sizes if s < most), most]
+
+
+class DecodeLoop:
+    """Runs decode steps over the first slots. Captured graphs stay valid while cache, state and outputs keep their addresses."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache, state: Slots, eos: Tensor, max_batch: int, max_context: int, graphs: bool):
+        self.decoder, self.cache, self.state, self.eos, self.max_batch = decoder, cache, state, eos, max_batch
+        self.max_context, self.device = max_context, cache.device
+        self.slots = torch.arange(max_batch, device=self.device)
+        self.workspace: kernels.AttentionWorkspace | None = None
+        self.graphs = graphs and self.device.type == "cuda"
+        self.sizes = batch_sizes(max_batch)
+        self._captured: dict[tuple[int, Sampling, int], torch.cuda.CUDAGraph] = {}
+        self._pool: tuple[int, int] | None = None
+        if self.device.type == "cuda":
+            shape = cache.shape
+            self.workspace = kernels.attention_workspace(self.sizes, decoder.heads, shape.kv_heads, shape.head_dim, max_context, self.device)
+
+    def batch_for(self, used: int) -> int:
+        """The batch that a step for `used` slots runs with."""
+        return next(s for s in self.sizes if s >= used) if self.device.type == "cuda" else used
+
+    def step(self, batch: int, sampling: Sampling, out: Outputs) -> None:
+        """One token more for every live slot below `batch`."""
+        if not self.graphs:
+            self._eager(batch, sampling, out)
+            return
+        key = (batch, sampling, id(out))
+        if key not in self._captured:
+            self.capture([batch], sampling, out)
+        self._captured[key].replay()
+
+    def _eager(self, batch: int, sampling: Sampling, out: Outputs) -> None:
+        state = self.state
+        length, live = state.length[:batch], state.live[:batch]
+        self.cache.grow(length, live)
+        splits = kernels.attention_splits(batch, self.cache.shape.kv_heads, self.max_context)
+        step = DecodeStep(self.cache, self.slots[:batch], length, splits, self.workspace)
+        logits = self.decoder.forward(state.token[:batch], length, step, self.slots[:batch])
+        assert logits is not None
+        token, logprob = draw_tokens(
+            logits, sampling, state.row[:batch], state.key[:batch], state.new[:batch], state.least[:batch], self.eos, out
+        )  # fmt: skip
+        record(token, logprob, state, out, self.eos)
+
+    def capture(self, batches: list[int], sampling: Sampling, out: Outputs, beat: Callable[[], None] = lambda: None) -> None:
+        """Graphs for these batch sizes, the largest first, so that the smaller ones fit into its memory. No slot may change by it: the caller sees
+        to it that none is live, or captures while they are (a warm-up step of dead slots changes nothing, a capture runs nothing)."""
+        live = self.state.live.clone()
+        self.state.live.zero_()
+        for batch in sorted(batches, reverse=True):
+            if (batch, sampling, id(out)) in self._captured:
+                continue
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._eager(batch, sampling, out)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._eager(batch, sampling, out)
+            self._pool = self._pool or graph.pool()
+            self._captured[batch, sampling, id(out)] = graph
+            beat()
+        self.state.live.copy_(live)
+
+    def forget_graphs(self) -> None:
+        self._captured.clear()
+        self._pool = None

@@ -1,0 +1,256 @@
+"""The paged KV cache: a pool of pages, a table of pages per batch slot, and the attention that reads through it.
+
+Pages are counted, so that the samples of one prompt share its full pages. Everything that decides which page is whose lives on the device: the
+host never waits for it. Page 0 belongs to nobody; empty slots write there.
+Layouts after vLLM's (Kwon et al. 2023, arXiv:2309.06180): pool [layer, k or v, page, token in page, kv head, head dim].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.rollout import kernels
+
+if torch.cuda.is_available():
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before 2.12 fewer key heads than query heads go without saying.
+    GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
+        return self.layers * 2 * page_size * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+class PagedCache:
+    """`slots` batch slots over `pages` pages (page 0 included). One more slot, the last, holds the prefix of a group that is admitted in parts."""
+
+    def __init__(self, shape: CacheShape, pool: Tensor, slots: int, max_context: int):
+        """pool: [layers, 2, pages, page_size, kv_heads, head_dim], contents undefined."""
+        device = pool.device
+        self.shape, self.pool, self.device = shape, pool, device
+        self.pages, self.page_size = pool.shape[2], pool.shape[3]
+        self.holder = slots
+        width = -(-max_context // self.page_size)
+        self.table = torch.zeros(slots + 1, width, dtype=torch.int32, device=device)
+        self.held = torch.zeros(slots + 1, dtype=torch.int32, device=device)  # pages in each slot's row of the table
+        self.references = torch.zeros(self.pages, dtype=torch.int32, device=device)
+        self.free = torch.zeros(self.pages, dtype=torch.int32, device=device)  # the first `free_count` entries are free pages
+        self.free_count = torch.zeros(1, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.table.zero_()
+        self.held.zero_()
+        self.references.zero_()
+        self.references[0] = 1
+        self._recount()
+
+    def _recount(self) -> None:
+        """The free list from the reference counts, lowest page first on top."""
+        taken = self.references > 0
+        self.free.copy_(torch.argsort(taken.to(torch.int8), stable=True))
+        self.free_count.copy_((~taken).sum().reshape(1))
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def take(self, slots: Sequence[int], places: Tensor, counts: Tensor) -> None:
+        """Give new pages to `slots`. places: [len(slots), width] on the host, entry = 1-based number of the new page that stands there, 0 = none;
+        counts: [new pages] on the host, how many slots hold each. The caller knows that enough are free."""
+        total = len(counts)
+        where = torch.tensor(slots).to(self.device, non_blocking=True)
+        moved = places.to(self.device, non_blocking=True)
+        index = (self.free_count - 1).long() - torch.arange(total, device=self.device)
+        new = self.free[index]
+        self.free_count -= total
+        self.references.index_copy_(0, new.long(), counts.to(self.device, dtype=torch.int32, non_blocking=True))
+        numbered = torch.cat([torch.zeros(1, dtype=torch.int32, device=self.device), new])
+        self.table[where, : places.shape[1]] = numbered[moved]
+        self.held[where] = (moved > 0).sum(1, dtype=torch.int32)
+
+    def share(self, source: int, slots: Sequence[int], full: int, partial: bool) -> None:
+        """Slots that continue what slot `source` holds: its `full` first pages shared, a partly filled one after them copied to a new page."""
+        where = torch.tensor(slots).to(self.device, non_blocking=True)
+        self.table[where, :full] = self.table[source, :full].clone()
+        self.references.index_add_(0, self.table[source, :full].long(), torch.full((full,), len(slots), dtype=torch.int32, device=self.device))
+        self.held[where] = full
+        if partial:
+            index = (self.free_count - 1).long() - torch.arange(len(slots), device=self.device)
+            new = self.free[index]
+            self.free_count -= len(slots)
+            self.references.index_fill_(0, new.long(), 1)
+            self.table[where, full] = new
+            self.held[where] += 1
+            self.copy_pages(self.table[source, full].expand(len(slots)).long(), new.long())
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        """Copy on write: contents of pages `source` to pages `target`, in every layer."""
+        for part in range(0, len(source), 64):
+            self.pool[:, :, target[part : part + 64]] = self.pool[:, :, source[part : part + 64]]
+
+    def release(self, slots: Tensor) -> None:
+        """Drop the pages of `slots` [n] int64 on the device; those that nobody else holds are free again."""
+        entries = self.table[slots]
+        held = torch.arange(entries.shape[1], device=self.device) < self.held[slots][:, None]
+        self.references.index_add_(0, torch.where(held, entries, 0).flatten().long(), -held.flatten().to(torch.int32))
+        self.held[slots] = 0
+        self.table[slots] = 0
+        self._recount()
+
+    def grow(self, lengths: Tensor, live: Tensor) -> None:
+        """A page for every live slot [B] whose next token, at position `lengths`, begins one. No host."""
+        batch = len(lengths)
+        if self.device.type == "cuda":
+            kernels.grow_pages(lengths, live, self.table, self.held, self.references, self.free, self.free_count, self.page_size)
+            return
+        needs = (live & (lengths == self.held[:batch] * self.page_size)).nonzero().squeeze(1)
+        if len(needs):
+            index = self.free_count - 1 - torch.arange(len(needs))
+            new = self.free[index]
+            self.free_count -= len(needs)
+            self.references.index_fill_(0, new.long(), 1)
+            self.table[needs, self.held[needs].long()] = new
+            self.held[needs] += 1
+
+
+class Step:
+    """What attention needs to know of one forward over n tokens. The models call `write`, then `attend`, once per layer."""
+
+    def __init__(self, cache: PagedCache, slots: Tensor, positions: Tensor):
+        """slots, positions: [n] int64 batch slot and position of each token."""
+        self.cache, self.slots, self.positions = cache, slots, positions
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v: [n, kv_heads, head_dim]"""
+        if self.cache.device.type == "cuda":
+            kernels.write_cache(k, v, self.cache.pool[layer], self.slots, self.positions, self.cache.table)
+            return
+        page = self.cache.page_size
+        target = self.cache.table[self.slots, self.positions // page].long() * page + self.positions % page
+        self.cache.pool[layer, 0].view(-1, *k.shape[1:])[target] = k
+        self.cache.pool[layer, 1].view(-1, *v.shape[1:])[target] = v
+
+    def written(self, k: Tensor, v: Tensor) -> None:
+        """The model has put this layer's k and v into the cache itself."""
+
+    def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        raise NotImplementedError
+
+
+class DecodeStep(Step):
+    """One token in each of the first B slots. positions: the live buffer of lengths, read anew in every replay of a captured graph."""
+
+    def __init__(self, cache: PagedCache, slots: Tensor, positions: Tensor, splits: int = 1, workspace: kernels.AttentionWorkspace | None = None):
+        super().__init__(cache, slots, positions)
+        self.splits, self.workspace = splits, workspace
+        if cache.device.type == "cpu":  # what all layers share: which pages, and which of their tokens count
+            self._used = cache.table[: len(slots), : int(positions.max()) // cache.page_size + 1].long()
+            self._column = torch.arange(self._used.shape[1] * cache.page_size)
+
+    def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        """q: [B, heads, head_dim] -> the same"""
+        if self.workspace is not None:
+            heads = q.shape[1]
+            return self._kernel(layer, q.reshape(len(q), -1), heads, scale, window, None)
+        k, v = (part[self._used].flatten(1, 2).transpose(1, 2) for part in self.cache.pool[layer])  # [B, kv_heads, context, head_dim]
+        seen = self._column <= self.positions[:, None]
+        if window is not None:
+            seen &= self._column > self.positions[:, None] - window
+        out = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True)
+        return out.squeeze(2)
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation) -> Tensor:
+        """On GPU: qkv [B, (heads + 2 kv_heads) * D] as projected -> [B, heads, D], with k and v put into the cache on the way."""
+        return self._kernel(layer, qkv, heads, scale, window, rotation)
+
+    def _kernel(self, layer: int, q: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation | None) -> Tensor:
+        assert self.workspace is not None
+        return kernels.paged_attention(
+            q, heads, self.cache.pool[layer], self.cache.table, self.positions, scale, window, self.splits, self.workspace, rotation
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, end) of what a slot is to hold; what comes before `start` is in the cache already."""
+
+    slot: int
+    start: int
+    end: int
+
+
+class PrefillStep(Step):
+    """Stretches of several sequences, one after the other in the packed batch."""
+
+    def __init__(self, cache: PagedCache, segments: list[Segment]):
+        lengths = torch.tensor([s.end - s.start for s in segments])
+        ends = lengths.cumsum(0)
+        starts = torch.tensor([s.start for s in segments])
+        offset = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
+        slots = torch.tensor([s.slot for s in segments]).repeat_interleave(lengths)
+        positions = starts.repeat_interleave(lengths) + offset
+        super().__init__(cache, slots.to(cache.device, non_blocking=True), positions.to(cache.device, non_blocking=True))
+        self.segments, self.last = segments, (ends - 1).to(cache.device, non_blocking=True)
+        self._continues = any(s.start for s in segments)
+        self._context = max(s.end for s in segments)
+        # What the flash kernel takes; the rest goes sequence by sequence.
+        self._flash = cache.device.type == "cuda" and cache.pool.dtype != torch.float32 and cache.shape.head_dim % 8 == 0
+        if self._flash:
+
+            def bounds(counts: Tensor) -> Tensor:
+                return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(cache.device, dtype=torch.int32, non_blocking=True)
+
+            contexts = torch.tensor([s.end for s in segments])
+            self._queries, self._keys = bounds(lengths), bounds(contexts)
+            self._longest = int(lengths.max())
+            if self._continues:  # cache index of every token of every context
+                slot = torch.tensor([s.slot for s in segments]).repeat_interleave(contexts)
+                position = torch.arange(int(contexts.sum())) - (contexts.cumsum(0) - contexts).repeat_interleave(contexts)
+                slot, position = slot.to(cache.device), position.to(cache.device)
+                self._gather = cache.table[slot, position // cache.page_size].long() * cache.page_size + position % cache.page_size
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        super().write(layer, k, v)
+        self.written(k, v)
+
+    def written(self, k: Tensor, v: Tensor) -> None:
+        self._new = (k, v)
+
+    def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        """q: [n, heads, head_dim] -> the same"""
+        pool = self.cache.pool[layer]
+        if self._flash:
+            assert self._new is not None
+            k, v = (part.flatten(0, 1)[self._gather] for part in pool) if self._continues else self._new
+            left = -1 if window is None else window - 1
+            return varlen_attn(q, k, v, self._queries, self._keys, self._longest, self._context, window_size=(left, 0), scale=scale, **GROUPED)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        begin, page = 0, self.cache.page_size
+        for s in self.segments:
+            n = s.end - s.start
+            used = self.cache.table[s.slot, : self.cache.pages_for(s.end)].long()
+            k, v = (part[used].flatten(0, 1)[: s.end].transpose(0, 1)[None] for part in pool)
+            mask = None
+            if s.start or window is not None:
+                query, key = torch.arange(s.start, s.end, device=q.device)[:, None], torch.arange(s.end, device=q.device)
+                mask = (key <= query) & (True if window is None else key > query - window)
+            part = F.scaled_dot_product_attention(
+                q[begin : begin + n].transpose(0, 1)[None], k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+            out[begin : begin + n] = part[0].transpose(0, 1)
+            begin += n
+        return out

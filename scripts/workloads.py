@@ -1,0 +1,92 @@
+"""Shapes, lengths and lower bounds that every benchmark of this project uses.
+
+decode step  t >= max((weight_bytes + sum(context) * kv_bytes) / bandwidth, rows * 2 * params / flops)
+prefill      2 * block_params * unique prompt tokens / flops
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CHIPS = {"H100": (3.0e12, 798e12), "H200": (4.3e12, 788e12)}  # measured device copy in B/s, measured dense bf16 FLOP/s
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    family: str = "qwen2"
+
+    @property
+    def block_parameters(self) -> int:
+        attention = self.hidden * (self.heads + 2 * self.kv_heads) * self.head_dim + self.heads * self.head_dim * self.hidden
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token, in bf16."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+    def config(self) -> Any:
+        """A transformers config of this shape."""
+        from transformers import LlamaConfig, Qwen2Config
+
+        kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[self.family]
+        return kind(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, max_position_embeddings=32768, rope_theta=1e6,
+            tie_word_embeddings=self.tied,
+        )  # fmt: skip
+
+
+SHAPES = {
+    "0.5B": Shape(24, 896, 4864, 14, 2, 64, 151936, True),
+    "1.5B": Shape(28, 1536, 8960, 12, 2, 128, 151936, True),
+    "7B": Shape(28, 3584, 18944, 28, 4, 128, 151936, False),
+    "8B": Shape(32, 4096, 14336, 32, 8, 128, 128256, False, "llama"),
+}
+
+
+def rollout_requests(prompts: int = 128, samples: int = 4, seed: int = 0, longest: int = 1024) -> tuple[list[list[int]], list[int]]:
+    """(prompts as token ids, response length of each sample): prompts uniform in [64, 256], responses lognormal (median 320, sigma 0.8) in [32, longest]."""
+    random = np.random.default_rng(seed)
+    ids, lengths = [], []
+    for _ in range(prompts):
+        ids.append(random.integers(10, 150000, random.integers(64, 257)).tolist())
+        for _ in range(samples):
+            lengths.append(int(np.clip(random.lognormal(np.log(320), 0.8), 32, longest)))
+    return ids, lengths
+
+
+def rollout_bound(shape: Shape, prompts: list[list[int]], lengths: list[int], chip: str) -> float:
+    """Seconds that no engine can undercut on this chip, all rows decoded together."""
+    bandwidth, flops = CHIPS[chip]
+    parameters = shape.block_parameters + shape.head_parameters
+    samples = len(lengths) // len(prompts)
+    prompt = np.repeat([len(ids) for ids in prompts], samples)
+    response = np.array(lengths)
+    total = 2 * shape.block_parameters * sum(len(ids) for ids in prompts) / flops
+    for t in range(int(response.max())):
+        alive = response > t
+        total += max((2 * parameters + (prompt[alive] + t).sum() * shape.kv_bytes) / bandwidth, alive.sum() * 2 * parameters / flops)
+    return float(total)
+
+
+def decode_step_bound(shape: Shape, batch: int, context: int, chip: str) -> float:
+    """Seconds of one decode step."""
+    bandwidth, flops = CHIPS[chip]
+    parameters = shape.block_parameters + shape.head_parameters
+    return max((2 * parameters + batch * context * shape.kv_bytes) / bandwidth, batch * 2 * parameters / flops)
