@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def test_paged_attention(dim: int, heads: int, kv_heads: int, page: int, window:
     cache = PagedCache(CacheShape(1, kv_heads, dim), values(1, 2, 3000 // page + 8, page, kv_heads, dim).cpu(), len(contexts), 1100)
     for slot, n in enumerate(contexts):
         pages = cache.pages_for(n)
-        cache.take([slot], torch.arange(1, pages + 1)[None], torch.ones(pages, dtype=torch.int32))
+        cache.take([slot], np.arange(1, pages + 1)[None], np.ones(pages))
     positions, q = torch.tensor(contexts) - 1, values(len(contexts), heads, dim, seed=1)
     expected = DecodeStep(cache, torch.arange(len(contexts)), positions).attend(0, q.cpu(), 0.3, window)
     for batch_splits in (1, 3, 8):
@@ -125,7 +126,7 @@ def test_attention_that_rotates_and_writes(norm: bool, window: int | None) -> No
     cache = PagedCache(CacheShape(1, kv_heads, dim), values(1, 2, 90, page, kv_heads, dim).cpu(), batch, 700)
     for slot, n in enumerate(contexts):
         pages = cache.pages_for(n)
-        cache.take([slot], torch.arange(1, pages + 1)[None], torch.ones(pages, dtype=torch.int32))
+        cache.take([slot], np.arange(1, pages + 1)[None], np.ones(pages))
     positions, slots = (torch.tensor(contexts) - 1).to(DEVICE), torch.arange(batch, device=DEVICE)
     qkv, cos, sin = values(batch, (heads + 2 * kv_heads) * dim), values(700, dim // 2, seed=1), values(700, dim // 2, seed=2)
     q_norm, k_norm = (values(dim, seed=3), values(dim, seed=4)) if norm else (None, None)
@@ -146,7 +147,7 @@ def test_grow_pages() -> None:
     cache = PagedCache(CacheShape(1, 1, 16), torch.zeros(1, 2, 20, 4, 1, 16), 6, 40)
     for slot, n in enumerate([4, 7, 8, 3, 8, 4]):
         pages = cache.pages_for(n)
-        cache.take([slot], torch.arange(1, pages + 1)[None], torch.ones(pages, dtype=torch.int32))
+        cache.take([slot], np.arange(1, pages + 1)[None], np.ones(pages))
     lengths, live = torch.tensor([4, 7, 8, 3, 8, 4]), torch.tensor([True, True, True, True, False, True])
     names = ("table", "held", "references", "free", "free_count")
     copies = {name: getattr(cache, name).clone().to(DEVICE) for name in names}

@@ -25,7 +25,7 @@ from rlhf.rollout.decoder import Decoder, LeanDecoder, is_lean, lean_layout
 from rlhf.rollout.generic import GenericDecoder, refuse_unsupported
 from rlhf.rollout.loop import DecodeLoop, Outputs, Slots, draw_tokens
 from rlhf.rollout.memory import DeviceBuffer
-from rlhf.rollout.paged import PagedCache, PrefillStep, Segment
+from rlhf.rollout.paged import PagedCache, PrefillStep, Segment, upload
 from rlhf.rollout.sampler import row_keys
 from rlhf.rollout.weights import Slice, buffer_elements, fill, views
 from rlhf.types import Prompt, Rollout, Sampling
@@ -248,7 +248,7 @@ class HybridEngine:
         forced: exact response tokens (for measurements), of each row. on_finished(row, response ids) hears of every row once, as it ends.
         """
         if not prompts:
-            return _assemble([], torch.zeros(0, dtype=torch.int64), [], group_size, None, sampling, self.pad_token_id)
+            return _assemble([], torch.zeros(0, dtype=torch.int64), [], None, sampling, self.pad_token_id)
         longest = max(len(p.input_ids) for p in prompts)
         rows = len(prompts) * group_size
         self.prepare(longest + sampling.max_new_tokens, rows, sampling.max_new_tokens, sampling, forced is not None)
@@ -526,34 +526,51 @@ class _Call:
         return True
 
     def _enter(self, batch: list[tuple[_Waiting, list[int], int]]) -> None:
-        cache, page = self.cache, self.cache.page_size
+        """Pages, prefill and slots for all entries at once: what the device is asked to do does not grow with their number."""
+        cache = self.cache
         fresh = [entry for entry in batch if not entry[0].held]
         if fresh:
-            self._pages_for(fresh)
+            numbered, copies = self._pages_for(fresh)
             self._prefill(fresh)
+            if copies.shape[1]:
+                source, target = numbered[upload(copies, self.device)].long()
+                cache.copy_pages(source, target)
         for waiting, rows, slot in batch:
-            length = waiting.length
-            full, partial = length // page, length % page > 0
-            source = cache.holder if waiting.held else slot
-            others = list(range(slot if waiting.held else slot + 1, slot + len(rows)))
-            if others:
-                cache.share(source, others, full, partial)
-            if waiting.rows and not waiting.held:
-                cache.share(slot, [cache.holder], full, partial)
-                waiting.held = True
-            elif waiting.held and not waiting.rows:
-                cache.release(torch.tensor([cache.holder], device=self.device))
-            self._seat(waiting, rows, slot, length)
+            if waiting.held:
+                full, partial = divmod(waiting.length, cache.page_size)
+                cache.share(cache.holder, range(slot, slot + len(rows)), full, partial > 0)
+                if not waiting.rows:
+                    cache.release(torch.tensor([cache.holder], device=self.device))
+            else:
+                waiting.held = bool(waiting.rows)
+        self._seat(batch)
 
-    def _pages_for(self, fresh: list[tuple[_Waiting, list[int], int]]) -> None:
-        """New pages for the first slot of each entry; the others share them or copy the last."""
-        counts = [self.cache.pages_for(w.length) for w, _, _ in fresh]
-        places = torch.zeros(len(fresh), max(counts), dtype=torch.int64)
-        at = 0
-        for i, n in enumerate(counts):
-            places[i, :n] = torch.arange(at + 1, at + n + 1)
-            at += n
-        self.cache.take([slot for _, _, slot in fresh], places, torch.ones(at, dtype=torch.int32))
+    def _pages_for(self, fresh: list[tuple[_Waiting, list[int], int]]) -> tuple[Tensor, np.ndarray]:
+        """New pages for every slot of each entry (and the holder, for rows that wait on): full ones shared, the partly filled one each its own. Returns
+        the pages by number, and the numbers [2, copies] of pages to be copied once the first slot's are filled."""
+        page = self.cache.page_size
+        slots: list[int] = []
+        places = np.zeros(
+            (sum(len(rows) + bool(w.rows) for w, rows, _ in fresh), max(self.cache.pages_for(w.length) for w, _, _ in fresh)), dtype=np.int64
+        )
+        counts: list[np.ndarray] = []
+        copies: list[np.ndarray] = []
+        given = at = 0
+        for waiting, rows, slot in fresh:
+            seats = [*range(slot, slot + len(rows)), *([self.cache.holder] if waiting.rows else [])]
+            full, partial = divmod(waiting.length, page)
+            places[at : at + len(seats), :full] = np.arange(given + 1, given + full + 1)
+            counts.append(np.full(full, len(seats)))
+            given += full
+            if partial:
+                own = np.arange(given + 1, given + len(seats) + 1)
+                places[at : at + len(seats), full] = own
+                counts.append(np.ones(len(seats), dtype=np.int64))
+                copies.append(np.stack([own[:1].repeat(len(seats) - 1), own[1:]]))
+                given += len(seats)
+            slots += seats
+            at += len(seats)
+        return self.cache.take(slots, places, np.concatenate(counts)), np.concatenate(copies, axis=1) if copies else np.zeros((2, 0), dtype=np.int64)
 
     def _prefill(self, fresh: list[tuple[_Waiting, list[int], int]]) -> None:
         """Through the model, in stretches of at most `prefill_tokens`; then the first token of every row of a new group."""
@@ -578,16 +595,18 @@ class _Call:
         pieces = []
         for segment, index in stretch:
             waiting, rows, _ = fresh[index]
-            prompt = torch.tensor(waiting.ids[segment.start : segment.end], dtype=torch.int64).to(self.device, non_blocking=True)
+            pieces.append(np.array(waiting.ids[segment.start : segment.end], dtype=np.int64))
             begin, end = (max(0, at - len(waiting.ids)) for at in (segment.start, segment.end))
-            pieces += [prompt, self.out.ids[rows[0], begin:end].long()] if end > begin else [prompt]
+            if end > begin:  # a preempted row's own tokens
+                pieces.append(self.out.ids[rows[0], begin:end].cpu().numpy().astype(np.int64))
+        ids = upload(np.concatenate(pieces), self.device)
         ends = [
             i
             for i, (segment, index) in enumerate(stretch)
             if fresh[index][0].tokens == 0 and segment.end == len(fresh[index][0].ids)
         ]  # fmt: skip
-        keep = step.last[torch.tensor(ends, device=self.device)] if ends else None
-        logits = self.decoder.forward(torch.cat(pieces), step.positions, step, keep)
+        keep = step.last[upload(np.array(ends), self.device)] if ends else None
+        logits = self.decoder.forward(ids, step.positions, step, keep)
         if logits is None:
             return
         rows, source = [], []
@@ -603,10 +622,10 @@ class _Call:
 
     def _first(self, rows: list[int], source: list[int], logits: Tensor) -> None:
         """The first token of each row, from its prompt's logits."""
-        r, out, eos = torch.tensor(rows, device=self.device), self.out, self.engine.eos
+        (r, which), out, eos = upload(np.array([rows, source]), self.device), self.out, self.engine.eos
         zeros = torch.zeros_like(r)
         token, logprob = draw_tokens(
-            logits, self.sampling, r, self.keys[r], zeros, zeros + self.sampling.min_new_tokens, eos, out, torch.tensor(source, device=self.device)
+            logits, self.sampling, r, self.keys[r], zeros, zeros + self.sampling.min_new_tokens, eos, out, which
         )  # fmt: skip
         stops = torch.isin(token, eos)
         if out.forced is not out.lengths:
@@ -616,21 +635,22 @@ class _Call:
         out.ids[r, 0], out.logprobs[r, 0] = token.int(), logprob
         out.lengths[r], out.finished[r] = zeros + 1, stops
 
-    def _seat(self, waiting: _Waiting, rows: list[int], slot: int, length: int) -> None:
-        """Rows go on from their last token, at position `length`."""
-        r = torch.tensor(rows, device=self.device)
-        new = torch.full_like(r, max(1, waiting.tokens))
-        limit = self.limit[r]
+    def _seat(self, batch: list[tuple[_Waiting, list[int], int]]) -> None:
+        """Rows go on from their last token, which stands behind what the cache has."""
+        found = [(r, w.length, max(1, w.tokens)) for w, rows, _ in batch for r in rows]
+        row, length, new = upload(np.array(found, dtype=np.int64).T.copy(), self.device)
+        first = batch[0][2]
+        limit = self.limit[row]
         self.state.put(
-            self.loop.slots[slot : slot + len(rows)],
-            row=r,
-            token=self.out.ids[r, new - 1].long(),
-            length=torch.full_like(r, length),
+            slice(first, first + len(found)),
+            row=row,
+            token=self.out.ids[row, new - 1].long(),
+            length=length,
             new=new,
-            key=self.keys[r],
+            key=self.keys[row],
             limit=limit,
-            least=torch.full_like(r, self.sampling.min_new_tokens),
-            live=~self.out.finished[r] & (new < limit),
+            least=torch.full_like(row, self.sampling.min_new_tokens),
+            live=~self.out.finished[row] & (new < limit),
         )
 
     # --------------------------------------------------------------------------------------------------------------- ends
@@ -676,7 +696,7 @@ class _Call:
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         out, window = self.out, self.sampling.max_new_tokens
         lengths, finished = out.lengths[index].cpu(), out.finished[index].cpu()
-        ids, logprobs = out.ids[index, :window].cpu().long(), out.logprobs[index, :window].cpu()
+        ids, logprobs = out.ids[index, :window].cpu(), out.logprobs[index, :window].cpu()
         entropies = None if out.entropies is None else out.entropies[index, :window].cpu()
         if self.sampling.stop:
             self._search_stops(np.array(rows), lengths.numpy())
@@ -691,22 +711,24 @@ class _Call:
                 tensor[beyond] = 0.0
         host = index.cpu()
         return _assemble(
-            [self.prompts[r // self.group_size] for r in rows], self.draw[host], self.sample[host], self.group_size,
+            [self.prompts[r // self.group_size] for r in rows], self.draw[host], self.sample[host],
             (ids, lengths, finished, logprobs, entropies), self.sampling, self.engine.pad_token_id,
         )  # fmt: skip
 
 
-def _assemble(prompts: list[Prompt], draw: Tensor, sample: Any, group_size: int, found: Any, sampling: Sampling, pad_token_id: int) -> Rollout:
+def _assemble(prompts: list[Prompt], draw: Tensor, sample: Tensor, found: Any, sampling: Sampling, pad_token_id: int) -> Rollout:
     """Prompts and responses under each other, padded on the right."""
     if found is None:
         none = torch.zeros(0, dtype=torch.int64)
         empty = torch.zeros(0, sampling.max_new_tokens)
         return Rollout([], none, none, torch.zeros(0, 0, dtype=torch.int64), none, none, none.bool(), empty, empty if sampling.entropy else None)
     ids, lengths, finished, logprobs, entropies = found
-    prompt_lengths = torch.tensor([len(p.input_ids) for p in prompts], dtype=torch.int64)
-    input_ids = torch.full((len(prompts), int((prompt_lengths + lengths).max())), pad_token_id)
+    known = {id(p): np.asarray(p.input_ids) for p in prompts}  # the samples of one prompt share it
+    before = np.array([len(p.input_ids) for p in prompts])
+    after = lengths.numpy()
+    input_ids = np.full((len(prompts), int((before + after).max())), pad_token_id, dtype=np.int64)
     for i, prompt in enumerate(prompts):
-        p, n = len(prompt.input_ids), int(lengths[i])
-        input_ids[i, :p] = torch.tensor(prompt.input_ids)
-        input_ids[i, p : p + n] = ids[i, :n]
-    return Rollout(prompts, draw, sample, input_ids, prompt_lengths, lengths, finished, logprobs, entropies)
+        input_ids[i, : before[i]] = known[id(prompt)]
+    row, column = np.nonzero(np.arange(ids.shape[1]) < after[:, None])
+    input_ids[row, before[row] + column] = ids.numpy()[row, column]
+    return Rollout(prompts, draw, sample, torch.from_numpy(input_ids), torch.from_numpy(before), lengths, finished, logprobs, entropies)

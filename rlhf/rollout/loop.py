@@ -36,7 +36,7 @@ class Slots:
         names = [f.name for f in fields(cls)]
         return cls(**{n: torch.zeros(slots, dtype=torch.bool if n == "live" else torch.int64, device=device) for n in names})
 
-    def put(self, slots: Tensor, **values: Tensor) -> None:
+    def put(self, slots: slice, **values: Tensor) -> None:
         for name, value in values.items():
             getattr(self, name)[slots] = value
 

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,12 @@ if torch.cuda.is_available():
 
     # Before 2.12 fewer key heads than query heads go without saying.
     GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is doing."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)
@@ -67,23 +74,22 @@ class PagedCache:
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def take(self, slots: Sequence[int], places: Tensor, counts: Tensor) -> None:
-        """Give new pages to `slots`. places: [len(slots), width] on the host, entry = 1-based number of the new page that stands there, 0 = none;
-        counts: [new pages] on the host, how many slots hold each. The caller knows that enough are free."""
-        total = len(counts)
-        where = torch.tensor(slots).to(self.device, non_blocking=True)
-        moved = places.to(self.device, non_blocking=True)
-        index = (self.free_count - 1).long() - torch.arange(total, device=self.device)
+    def take(self, slots: Sequence[int], places: np.ndarray, counts: np.ndarray) -> Tensor:
+        """Give new pages to `slots`. places: [len(slots), width], entry = 1-based number of the new page that stands there, 0 = none; counts: [new pages],
+        how many slots hold each. Returns the pages by number. The caller knows that enough are free."""
+        where, entries = upload(np.asarray(slots), self.device), upload(places, self.device)
+        index = (self.free_count - 1).long() - torch.arange(len(counts), device=self.device)
         new = self.free[index]
-        self.free_count -= total
-        self.references.index_copy_(0, new.long(), counts.to(self.device, dtype=torch.int32, non_blocking=True))
+        self.free_count -= len(counts)
+        self.references.index_copy_(0, new.long(), upload(counts.astype(np.int32), self.device))
         numbered = torch.cat([torch.zeros(1, dtype=torch.int32, device=self.device), new])
-        self.table[where, : places.shape[1]] = numbered[moved]
-        self.held[where] = (moved > 0).sum(1, dtype=torch.int32)
+        self.table[where, : places.shape[1]] = numbered[entries]
+        self.held[where] = (entries > 0).sum(1, dtype=torch.int32)
+        return numbered
 
     def share(self, source: int, slots: Sequence[int], full: int, partial: bool) -> None:
         """Slots that continue what slot `source` holds: its `full` first pages shared, a partly filled one after them copied to a new page."""
-        where = torch.tensor(slots).to(self.device, non_blocking=True)
+        where = upload(np.asarray(slots), self.device)
         self.table[where, :full] = self.table[source, :full].clone()
         self.references.index_add_(0, self.table[source, :full].long(), torch.full((full,), len(slots), dtype=torch.int32, device=self.device))
         self.held[where] = full
@@ -192,35 +198,29 @@ class Segment:
     end: int
 
 
+def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """start[0], start[0] + 1, ... for length[0] numbers, then the same of the next."""
+    return np.arange(length.sum()) - (length.cumsum() - length - start).repeat(length)
+
+
 class PrefillStep(Step):
     """Stretches of several sequences, one after the other in the packed batch."""
 
     def __init__(self, cache: PagedCache, segments: list[Segment]):
-        lengths = torch.tensor([s.end - s.start for s in segments])
-        ends = lengths.cumsum(0)
-        starts = torch.tensor([s.start for s in segments])
-        offset = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
-        slots = torch.tensor([s.slot for s in segments]).repeat_interleave(lengths)
-        positions = starts.repeat_interleave(lengths) + offset
-        super().__init__(cache, slots.to(cache.device, non_blocking=True), positions.to(cache.device, non_blocking=True))
-        self.segments, self.last = segments, (ends - 1).to(cache.device, non_blocking=True)
-        self._continues = any(s.start for s in segments)
-        self._context = max(s.end for s in segments)
+        device, page = cache.device, cache.page_size
+        slot, start, end = np.array([(s.slot, s.start, s.end) for s in segments], dtype=np.int64).T
+        lengths = end - start
+        super().__init__(cache, upload(slot.repeat(lengths), device), upload(_ranges(start, lengths), device))
+        self.segments, self.last = segments, upload(lengths.cumsum() - 1, device)
+        self._continues = bool(start.any())
+        self._context, self._longest = int(end.max()), int(lengths.max())
         # What the flash kernel takes; the rest goes sequence by sequence.
-        self._flash = cache.device.type == "cuda" and cache.pool.dtype != torch.float32 and cache.shape.head_dim % 8 == 0
+        self._flash = device.type == "cuda" and cache.pool.dtype != torch.float32 and cache.shape.head_dim % 8 == 0
         if self._flash:
-
-            def bounds(counts: Tensor) -> Tensor:
-                return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(cache.device, dtype=torch.int32, non_blocking=True)
-
-            contexts = torch.tensor([s.end for s in segments])
-            self._queries, self._keys = bounds(lengths), bounds(contexts)
-            self._longest = int(lengths.max())
+            self._queries, self._keys = (upload(np.concatenate([[0], n.cumsum()]).astype(np.int32), device) for n in (lengths, end))
             if self._continues:  # cache index of every token of every context
-                slot = torch.tensor([s.slot for s in segments]).repeat_interleave(contexts)
-                position = torch.arange(int(contexts.sum())) - (contexts.cumsum(0) - contexts).repeat_interleave(contexts)
-                slot, position = slot.to(cache.device), position.to(cache.device)
-                self._gather = cache.table[slot, position // cache.page_size].long() * cache.page_size + position % cache.page_size
+                owner, position = upload(slot.repeat(end), device), upload(_ranges(np.zeros_like(end), end), device)
+                self._gather = cache.table[owner, position // page].long() * page + position % page
         self._new: tuple[Tensor, Tensor] | None = None
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -239,7 +239,7 @@ class PrefillStep(Step):
             left = -1 if window is None else window - 1
             return varlen_attn(q, k, v, self._queries, self._keys, self._longest, self._context, window_size=(left, 0), scale=scale, **GROUPED)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        begin, page = 0, self.cache.page_size
+        begin = 0
         for s in self.segments:
             n = s.end - s.start
             used = self.cache.table[s.slot, : self.cache.pages_for(s.end)].long()
