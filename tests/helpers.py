@@ -10,7 +10,8 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from transformers import (
 
 from rlhf.config import Config, parse_config
 from rlhf.distributed import World, init_world
-from rlhf.types import Prompt, Rollout, Scores
+from rlhf.rollout import EngineSettings, HybridEngine
+from rlhf.rollout.loop import Outputs, draw_tokens
+from rlhf.types import Prompt, Rollout, Sampling, Scores
 
 VOCABULARY = 50
 SGD: dict[str, Any] = {"optimizer": {"type": "SGD", "params": {}}, "zero_allow_untested_optimizer": True}  # at the rate of the recipe
@@ -156,6 +159,35 @@ def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     difference = torch.cat([(a[n].double() - b[n].double()).flatten() for n in b])
     return float(difference.norm() / torch.cat([t.double().flatten() for t in b.values()]).norm())
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+def rollout_engine(
+    model: Any,
+    eos: Sequence[int] = (3, 17),
+    beat: Callable[[], None] = lambda: None,
+    decode_text: Callable[[list[int]], str] | None = None,
+    **settings: Any,
+) -> HybridEngine:
+    """A rollout engine that holds `model`'s weights, in their type and on their device."""
+    engine = HybridEngine(model.config, list(eos), 3, EngineSettings(**settings), model.device, model.dtype, beat=beat, decode_text=decode_text)
+    engine.load_weights(model.named_parameters())
+    return engine
+
+
+def draw(
+    logits: Tensor, sampling: Sampling, keys: Tensor, numbers: Tensor, seen: Tensor | None = None, eos: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """(token [B], logprob [B]) from logits [B, V], as the decode loop draws response token `numbers` [B]. seen: [B, V] bool, under the penalty."""
+    out = Outputs.empty(len(keys), 1, logits.shape[-1], logits.device, False, replace(sampling, entropy=False))
+    if out.seen is not None and seen is not None:
+        out.seen.copy_(seen)
+    least = torch.full_like(numbers, sampling.min_new_tokens)
+    ends = torch.tensor(eos, dtype=torch.int64, device=logits.device)
+    return draw_tokens(logits, sampling, torch.arange(len(keys), device=logits.device), keys, numbers, least, ends, out)
 
 
 # --------------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 from rlhf.config import TrainedModelConfig, resolve_deepspeed
 from rlhf.distributed import World, init_world
 from rlhf.models.forward import response_logprobs
-from rlhf.rollout import HybridEngine
-from rlhf.rollout.sampler import gumbel_noise, row_keys, sample
+from rlhf.rollout.sampler import gumbel_noise, row_keys
 from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
-from tests.helpers import VOCABULARY, deepspeed_block
+from tests.helpers import VOCABULARY, deepspeed_block, draw, rollout_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(600)]
 
@@ -40,20 +39,22 @@ def test_noise_and_tokens_are_those_of_the_cpu() -> None:
     """trap 25"""
     keys = row_keys(3, 0, torch.arange(256), torch.arange(256) % 4)
     positions = torch.arange(256)
-    noise = gumbel_noise(keys, positions, 5000)
-    on_gpu = gumbel_noise(keys.cuda(), positions.cuda(), 5000).cpu()
+    noise = gumbel_noise(keys, positions, torch.arange(5000))
+    on_gpu = gumbel_noise(keys.cuda(), positions.cuda(), torch.arange(5000)).cpu()
     torch.testing.assert_close(on_gpu, noise, atol=1e-5, rtol=1e-5)
     logits = torch.randn(256, 5000, generator=torch.Generator().manual_seed(0)) * 3
-    for sampling in (Sampling(1), Sampling(1, 0.7, 50, 0.9)):
-        tokens, logprobs = sample(logits, sampling, keys, positions)
-        gpu_tokens, gpu_logprobs = sample(logits.cuda(), sampling, keys.cuda(), positions.cuda())
+    seen = torch.rand(256, 5000, generator=torch.Generator().manual_seed(1)) < 0.2
+    filters = Sampling(1, min_p=0.02, repetition_penalty=1.3, min_new_tokens=100, bad_token_ids=(7, 300))
+    for sampling in (Sampling(1), Sampling(1, 0.7, 50, 0.9), Sampling(1, 0.0), filters):
+        tokens, logprobs = draw(logits, sampling, keys, positions, seen, [3, 17])
+        gpu_tokens, gpu_logprobs = draw(logits.cuda(), sampling, keys.cuda(), positions.cuda(), seen.cuda(), [3, 17])
         assert torch.equal(gpu_tokens.cpu(), tokens)
         torch.testing.assert_close(gpu_logprobs.cpu(), logprobs, atol=1e-4, rtol=1e-4)
 
 
 def rollout_and_scores(models: Path, device: str, dtype: torch.dtype) -> tuple[Rollout, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=dtype, attn_implementation="sdpa").to(device)
-    rollout = HybridEngine(model, [3, 17], 3, 7).generate(some_prompts(), list(range(24)), 2, Sampling(20, seed=5))
+    rollout = rollout_engine(model, max_batch=7).generate(some_prompts(), list(range(24)), 2, Sampling(20, seed=5))
     batch = MicroBatch(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, rollout.response_mask, {}).to(torch.device(device))
     with torch.no_grad():
         return rollout, response_logprobs(model, batch, 1.0)[0].cpu()
@@ -98,8 +99,11 @@ def test_bf16_training_under_zero_3(models: Path, world: World, tmp_path: Path) 
         assert 0 < engine.step().grad_norm < 1000
     assert losses[-1] < 0.7 * losses[0]
     replica = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16).to(world.device)
-    HybridEngine(replica, [3], 3, 7).load_weights(engine.full_tensors(weight_layout(engine.module)))
+    hybrid = rollout_engine(replica, max_batch=7)
+    hybrid.load_weights(engine.full_tensors(weight_layout(engine.module)))
     with torch.no_grad():
+        for name, parameter in replica.named_parameters():
+            parameter.copy_(hybrid.weights[name])
         theirs = replica(input_ids=ids, position_ids=torch.arange(7, device=ids.device).expand_as(ids)).logits
     ours = engine.score(input_ids=ids, position_ids=torch.arange(7, device=ids.device).expand_as(ids), use_cache=False).logits
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)

@@ -529,20 +529,20 @@ class _Call:
         """Pages, prefill and slots for all entries at once: what the device is asked to do does not grow with their number."""
         cache = self.cache
         fresh = [entry for entry in batch if not entry[0].held]
+        for waiting, rows, slot in batch:  # first, because a new group may need the holder after them
+            if waiting.held:
+                full, partial = divmod(waiting.length, cache.page_size)
+                cache.share(cache.holder, range(slot, slot + len(rows)), full, partial > 0)
+                if not waiting.rows:
+                    cache.release(torch.tensor([cache.holder], device=self.device))
         if fresh:
             numbered, copies = self._pages_for(fresh)
             self._prefill(fresh)
             if copies.shape[1]:
                 source, target = numbered[upload(copies, self.device)].long()
                 cache.copy_pages(source, target)
-        for waiting, rows, slot in batch:
-            if waiting.held:
-                full, partial = divmod(waiting.length, cache.page_size)
-                cache.share(cache.holder, range(slot, slot + len(rows)), full, partial > 0)
-                if not waiting.rows:
-                    cache.release(torch.tensor([cache.holder], device=self.device))
-            else:
-                waiting.held = bool(waiting.rows)
+        for waiting, _, _ in fresh:
+            waiting.held = bool(waiting.rows)
         self._seat(batch)
 
     def _pages_for(self, fresh: list[tuple[_Waiting, list[int], int]]) -> tuple[Tensor, np.ndarray]:

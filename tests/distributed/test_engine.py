@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.batching import plan_micro_batches
 from rlhf.config import LoraConfig, TrainedModelConfig, resolve_deepspeed
@@ -24,7 +24,7 @@ from rlhf.models.export import export_model
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapters_off, add_adapters, weight_layout
 from rlhf.rewards import RewardModel
-from rlhf.rollout import HybridEngine
+from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.trainers.rl import denominators, describe_experience, micro_batch_of, plan_epoch, policy_loss, train_rl
 from rlhf.types import Prompt, Sampling
 from tests.distributed.steps import experience_of, open_models, update, weights
@@ -379,10 +379,10 @@ def test_the_checksum_sees_a_wrong_slice_on_another_rank(models: Path, damage: s
 def sample_on_ranks(world: World, models: Path, stage: int, prompts: list[list[int]], group_size: int) -> Any:
     engine = causal_engine(world, models / "llama", stage, learning_rate=0.5)
     train(engine, world, 1)
-    replica = AutoModelForCausalLM.from_pretrained(models / "llama", attn_implementation="sdpa")
-    hybrid = HybridEngine(replica, [3, 17], 3, 5, world.beat)
+    config = AutoConfig.from_pretrained(models / "llama")
+    hybrid = HybridEngine(config, [3, 17], 3, EngineSettings(max_batch=5), world.device, torch.float32, beat=world.beat)
     hybrid.load_weights(engine.full_tensors(weight_layout(engine.module)))
-    equal = all(torch.equal(t, replica.get_parameter(n)) for n, t in engine.full_tensors(weight_layout(engine.module)))
+    equal = all(torch.equal(t, hybrid.weights[n]) for n, t in engine.full_tensors(weight_layout(engine.module)))
     every = {i: Prompt(ids, "", "test") for i, ids in enumerate(prompts)}
     mine = list(every)[world.rank :: world.size]
     local = hybrid.generate([every[i] for i in mine], mine, group_size, Sampling(12, seed=9))
