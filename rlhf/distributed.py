@@ -97,13 +97,34 @@ class World:
         result[index] = gathered
         return result
 
+    def gather_shards(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """For each (whole [size * n], shard [n]): all ranks' shards, one behind the other, straight into `whole`. (collective)"""
+        if self.size == 1:
+            if pairs:
+                torch._foreach_copy_([whole for whole, _ in pairs], [shard for _, shard in pairs])  # type: ignore[attr-defined]
+            return
+        if self.device.type == "cpu":
+            for whole, shard in pairs:
+                dist.all_gather_into_tensor(whole, shard)
+            return
+        group: list[tuple[Tensor, Tensor]] = []
+        size = 0
+        for i, (whole, shard) in enumerate(pairs):  # many tensors to one launch: a small one alone does not fill the link
+            group.append((whole, shard))
+            size += whole.numel() * whole.element_size()
+            if size >= 1 << 30 or i == len(pairs) - 1:
+                with dist._coalescing_manager(device=self.device):
+                    for out, part in group:
+                        dist.all_gather_into_tensor(out, part)
+                group, size = [], 0
+
     def beat(self) -> None:
         """Publish that this rank is making progress (no collective: a key in the store)."""
         if self.store is not None:
             self.store.set(f"beat/{self.rank}", repr(time.time()))
 
     def shared_queue(self, length: int) -> Callable[[], int | None]:
-        """A queue 0, 1, ..., length - 1 that all ranks pull from, each number once, on the store: no collective. Made by all ranks in the same order."""
+        """A queue 0, 1, ..., length - 1 that all ranks pull from, each number once; on the store, no collective. All ranks make it."""
         self._queues += 1
         key, store, served = f"queue/{self._queues}", self.store, iter(range(length))
         if store is None:

@@ -30,7 +30,7 @@ import deepspeed
 import psutil
 import torch
 import torch.utils.cpp_extension
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
@@ -191,6 +191,56 @@ def full_tensors(layout: Sequence[WeightSource], group_bytes: int = 256 << 20) -
             group, size = [], 0
 
 
+def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], world: World, turn: int) -> Tensor:
+    """Write the plain model's tensors, adapters merged, to their places in `weights`, shards all-gathered straight into them. (collective)
+
+    Returns how many elements that this rank holds itself differ from what arrived, as a tensor that nobody has waited for; CHECKED tensors are
+    looked at, others each `turn` (trap 21). Raises RuntimeError if names or shapes do not cover `weights` exactly.
+    """
+    shapes = {s.name: tuple(getattr(s.weight, "ds_shape", s.weight.shape)) for s in layout}
+    if shapes != {name: tuple(view.shape) for name, view in weights.items()}:
+        wrong = sorted(set(shapes.items()) ^ {(name, tuple(view.shape)) for name, view in weights.items()})
+        raise RuntimeError(f"hand-over of weights: {wrong[:3]} of actor and rollout do not fit each other")
+    copies: list[tuple[Tensor, Tensor]] = []
+    gathers: list[tuple[Tensor, Tensor]] = []
+    padded: list[tuple[Tensor, Any]] = []
+    for source in layout:
+        view, parameter = weights[source.name], source.weight
+        shard = getattr(parameter, "ds_tensor", None)
+        if shard is None or parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            copies.append((view, parameter.detach()))
+        elif shard.numel() * world.size == view.numel() and shard.dtype == view.dtype:
+            gathers.append((view.view(-1), shard.to(world.device)))
+        else:
+            padded.append((view, parameter))
+    if copies:
+        torch._foreach_copy_([view for view, _ in copies], [tensor for _, tensor in copies])  # type: ignore[attr-defined]
+    world.gather_shards(gathers)
+    for start in range(0, len(padded), 32):
+        part = padded[start : start + 32]
+        with GatheredParameters([p for _, p in part]):
+            for view, parameter in part:
+                view.copy_(parameter.detach())
+    wrong = torch.zeros((), dtype=torch.int64, device=world.device)
+    for i in range(CHECKED):
+        if gathers:
+            whole, shard = gathers[(turn * CHECKED + i) % len(gathers)]
+            wrong += (whole.narrow(0, shard.numel() * world.rank, shard.numel()) != shard).sum()
+        if copies:
+            view, tensor = copies[(turn * CHECKED + i) % len(copies)]
+            wrong += (view != tensor.to(view.dtype)).sum()
+    adapted = [s for s in layout if s.lora_a is not None]
+    for start in range(0, len(adapted), 64):
+        group = adapted[start : start + 64]
+        with GatheredParameters([p for s in group for p in s.parameters[1:]]):
+            for source in group:
+                source.merge_into(weights[source.name])
+    return wrong
+
+
+CHECKED = 4  # tensors compared after each hand-over
+
+
 # --------------------------------------------------------------------------------------------------------------------------
 # Engines
 
@@ -319,6 +369,11 @@ class TrainEngine:
     def full_tensors(self, layout: Sequence[WeightSource]) -> Iterator[tuple[str, Tensor]]:
         """`full_tensors` of this model's weights. (collective)"""
         return full_tensors(layout)
+
+    @torch.no_grad()
+    def gather_into(self, layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Tensor:
+        """`gather_into` of this model's weights. (collective)"""
+        return gather_into(layout, weights, self.world, self.optimizer_steps)
 
     def full_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Whole copies on the host of some (small) parameters. (collective)"""

@@ -87,6 +87,17 @@ class WeightSource:
         update = self.lora_b.detach().float() @ self.lora_a.detach().float()
         return (weight.float() + self.scale * (update.T if self.transposed else update)).to(weight.dtype)
 
+    def merge_into(self, base: Tensor) -> None:
+        """base += scale * B @ A, in place, where `base` is a copy of the weight; rounded once."""
+        assert self.lora_a is not None and self.lora_b is not None
+        a, b = self.lora_a.detach(), self.lora_b.detach()
+        if base.is_cuda and a.dtype == b.dtype == base.dtype:  # the product accumulates in float32 and is added before it is rounded
+            left, right = (a.t(), b.t()) if self.transposed else (b, a)
+            base.addmm_(left, right, alpha=self.scale)
+            return
+        update = b.float() @ a.float()
+        base.copy_(base.float() + self.scale * (update.T if self.transposed else update))
+
 
 def weight_layout(module: nn.Module) -> list[WeightSource]:
     """One source per parameter of the plain model, tied ones once, adapters folded in."""

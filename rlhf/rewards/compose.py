@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import queue
+import threading
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from rlhf.config import RewardConfig
 from rlhf.distributed import World
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rewards.model import RewardModel
-from rlhf.types import Rollout, Scores
+from rlhf.types import Prompt, Rollout, Scores
 
 Scorer = FunctionReward | RewardModel
 
@@ -22,16 +25,76 @@ Scorer = FunctionReward | RewardModel
 def score_with_function(function: FunctionReward, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[Tensor, Counter[str]]:
     """([B] float32 with NaN where a sample is lost, reason -> number lost), each rank scoring its share of the rows. (collective)"""
     rows = list(range(world.rank, len(rollout), world.size))
-    prompts = [rollout.prompts[r] for r in rows]
-    ids = [rollout.response_ids(r) for r in rows]
+    values, failures = _call(function, [rollout.prompts[r] for r in rows], [rollout.response_ids(r) for r in rows], tokenizer)
+    total = world.gather_indexed(rows, torch.tensor(values, dtype=torch.float32)[:, None], len(rollout)).squeeze(1)
+    return total, sum(world.gather_objects(failures), Counter())
+
+
+def collect_early(name: str, early: EarlyScorer, rollout: Rollout, world: World) -> tuple[Tensor, Counter[str]]:
+    """As `score_with_function`, of what each rank has scored of its own responses already. (collective)"""
+    place = {(int(d), int(s)): i for i, (d, s) in enumerate(zip(rollout.draw, rollout.sample, strict=True))}
+    found = early.scores[name]
+    values = torch.tensor(list(found.values()), dtype=torch.float32)
+    total = world.gather_indexed([place[key] for key in found], values[:, None], len(rollout)).squeeze(1)
+    return total, sum(world.gather_objects(early.failures[name]), Counter())
+
+
+@dataclass(frozen=True)
+class _Job:
+    prompt: Prompt
+    key: tuple[int, int]  # draw, sample
+    ids: list[int]
+
+
+class EarlyScorer:
+    """Function rewards of responses that have ended, in a thread, while the others are still decoded. One for each rollout."""
+
+    def __init__(self, functions: dict[str, FunctionReward], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.functions, self.tokenizer = functions, tokenizer
+        self.scores: dict[str, dict[tuple[int, int], float]] = {name: {} for name in functions}  # NaN where a sample is lost
+        self.failures: dict[str, Counter[str]] = {name: Counter() for name in functions}
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt: Prompt, draw: int, sample: int, ids: list[int]) -> None:
+        self._jobs.put(_Job(prompt, (draw, sample), ids))
+
+    def finish(self) -> None:
+        """Wait for what is still being scored; raises what the thread died of."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        try:
+            done = False
+            while not done:
+                jobs = [self._jobs.get()]
+                while not self._jobs.empty():  # whatever else has ended meanwhile goes into the same call
+                    jobs.append(self._jobs.get())
+                done = jobs[-1] is None
+                batch = [job for job in jobs if job is not None]
+                for name, function in self.functions.items():
+                    values, failures = _call(function, [j.prompt for j in batch], [j.ids for j in batch], self.tokenizer)
+                    self.scores[name].update(zip((j.key for j in batch), values, strict=True))
+                    self.failures[name] += failures
+        except BaseException as error:  # noqa: BLE001 - handed to the caller of `finish`
+            self._error = error
+
+
+def _call(
+    function: FunctionReward, prompts: list[Prompt], ids: list[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[float], Counter[str]]:
+    """(score of each response, NaN where it is lost; reason -> number lost)"""
     names = sorted({name for p in prompts for name in p.columns})
     columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in names}
     columns.setdefault("source", [p.source for p in prompts])
     completions = tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of nothing it makes one empty text
     scores, failures = function.score([p.text for p in prompts], completions, ids, columns)
-    values = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float32)
-    total = world.gather_indexed(rows, values[:, None], len(rollout)).squeeze(1)
-    return total, sum(world.gather_objects(failures), Counter())
+    return [math.nan if s is None else s for s in scores], failures
 
 
 class Rewards:
@@ -40,7 +103,12 @@ class Rewards:
     def __init__(self, config: RewardConfig, scorers: list[Scorer], tokenizer: PreTrainedTokenizerBase, world: World) -> None:
         self.config, self.scorers, self.tokenizer, self.world = config, scorers, tokenizer, world
 
-    def score(self, rollout: Rollout) -> Scores:
+    def early(self) -> EarlyScorer:
+        """Takes responses of one rollout as they end; give it to `score` afterwards."""
+        pairs = zip(self.config.components, self.scorers, strict=True)
+        return EarlyScorer({c.label: scorer for c, scorer in pairs if isinstance(scorer, FunctionReward)}, self.tokenizer)
+
+    def score(self, rollout: Rollout, early: EarlyScorer | None = None) -> Scores:
         """Weighted sum of clipped components, clipped, less the penalty for responses that never ended.
 
         A row is invalid as soon as one component with a weight has no score for it. (collective)
@@ -53,7 +121,10 @@ class Rewards:
             if isinstance(scorer, RewardModel):
                 values = scorer.score(rollout)
             else:
-                values, lost = score_with_function(scorer, rollout, self.tokenizer, self.world)
+                if early is not None:
+                    values, lost = collect_early(component.label, early, rollout, self.world)
+                else:
+                    values, lost = score_with_function(scorer, rollout, self.tokenizer, self.world)
                 failures.update({f"{component.label}/{reason}": n for reason, n in lost.items()})
             if component.clip is not None:
                 values = values.clamp(-component.clip, component.clip)

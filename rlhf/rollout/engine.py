@@ -112,6 +112,7 @@ class HybridEngine:
         self._storage = DeviceBuffer(buffer_elements(self._layout) * dtype.itemsize, device)
         self.weights = views(self._storage.tensor.view(dtype), self._layout)
         self._pool: DeviceBuffer | None = None
+        self._wrong: Tensor | None = None
         self._decoder: Decoder | None = None
         self._loop: DecodeLoop | None = None
         self._outputs: Outputs | None = None
@@ -147,6 +148,13 @@ class HybridEngine:
         Raises RuntimeError if names or shapes do not cover the model exactly."""
         self._storage.restore()
         fill(self.weights, tensors)
+
+    @torch.no_grad()
+    def take_over(self, gather: Callable[[dict[str, Tensor]], Tensor]) -> None:
+        """The weights of a training engine: `gather` writes them to their places in the buffer and returns the number of elements that came out wrong,
+        which `generate` looks at, so that nobody waits here. (collective)"""
+        self._storage.restore()
+        self._wrong = gather(self.weights)
 
     def release(self) -> None:
         """Weights and KV cache give their memory back; graphs keep their addresses. `load_weights` takes it again."""
@@ -249,6 +257,9 @@ class HybridEngine:
         """
         if not prompts:
             return _assemble([], torch.zeros(0, dtype=torch.int64), [], None, sampling, self.pad_token_id)
+        if self._wrong is not None and int(self._wrong):
+            raise RuntimeError(f"hand-over of weights: {int(self._wrong)} elements differ between actor and rollout (trap 21)")
+        self._wrong = None
         longest = max(len(p.input_ids) for p in prompts)
         rows = len(prompts) * group_size
         self.prepare(longest + sampling.max_new_tokens, rows, sampling.max_new_tokens, sampling, forced is not None)

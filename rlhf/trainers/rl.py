@@ -90,10 +90,11 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])
 
+    layout = weight_layout(models.actor.module)
     release = config.rollout.release or hybrid_engine_words(config.deepspeed)["release"]
 
     def hand_over() -> None:  # (collective)
-        models.hybrid_engine.load_weights(models.actor.full_tensors(weight_layout(models.actor.module)))
+        models.hybrid_engine.take_over(lambda weights: models.actor.gather_into(layout, weights))
 
     if start < steps:
         hand_over()  # (collective)
@@ -108,13 +109,17 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         timer.start_step()
         draws = sampler.next(config.rollout.prompts)
         with timer.phase("gen"):
-            local = share_out(models.hybrid_engine, [prompts[d.row] for d in draws], [d.draw for d in draws], sampling(config), config, world)
+            early = models.rewards.early()  # functions score what has ended while the rest is decoded
+            local = share_out(
+                models.hybrid_engine, [prompts[d.row] for d in draws], [d.draw for d in draws], sampling(config), config, world, early=early
+            )
             world.wait_for_all("rollout")
             if release:
                 models.hybrid_engine.release()
             rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
         with timer.phase("reward"):
-            scores = models.rewards.score(rollout)  # (collective)
+            early.finish()
+            scores = models.rewards.score(rollout, early)  # (collective)
 
         lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
         epochs = [plan_epoch(config, step, epoch, lengths, world) for epoch in range(algorithm.epochs)]

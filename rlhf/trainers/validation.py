@@ -15,7 +15,7 @@ from rlhf.distributed import World
 from rlhf.experience import gather_rollout
 from rlhf.metrics import bootstrap_interval, write_samples
 from rlhf.rewards import FunctionReward, Rewards
-from rlhf.rewards.compose import score_with_function
+from rlhf.rewards.compose import EarlyScorer, score_with_function
 from rlhf.rollout import HybridEngine
 from rlhf.types import Experience, Prompt, Rollout, Sampling, Scores
 
@@ -68,7 +68,14 @@ class Validator:
 
 
 def share_out(
-    engine: HybridEngine, prompts: list[Prompt], draws: list[int], sampling: Sampling, config: Config, world: World, group_size: int = 0
+    engine: HybridEngine,
+    prompts: list[Prompt],
+    draws: list[int],
+    sampling: Sampling,
+    config: Config,
+    world: World,
+    group_size: int = 0,
+    early: EarlyScorer | None = None,
 ) -> Rollout:
     """This rank's part of the responses to all prompts; the same tokens however they are shared out (trap 25). No collective.
 
@@ -78,10 +85,19 @@ def share_out(
     group = group_size or config.rollout.group_size
     deterministic = config.deterministic if config.deterministic is not None else world.device.type == "cpu"
     balance = config.rollout.balance if config.rollout.balance != "auto" else ("plan" if deterministic else "queue")
-    if world.size == 1 or balance == "plan":
-        return engine.generate(prompts[world.rank :: world.size], draws[world.rank :: world.size], group, sampling)
+    planned = world.size == 1 or balance == "plan"
+    if planned:
+        prompts, draws = prompts[world.rank :: world.size], draws[world.rank :: world.size]
+
+    def ended(row: int, ids: list[int]) -> None:
+        assert early is not None
+        early.submit(prompts[row // group], draws[row // group], row % group, ids)
+
+    heard = ended if early is not None else None
+    if planned:
+        return engine.generate(prompts, draws, group, sampling, on_finished=heard)
     most = max(group, -(-len(prompts) * group * 3 // (4 * world.size)))
-    return engine.generate(prompts, draws, group, sampling, take=world.shared_queue(len(prompts)), most=most)
+    return engine.generate(prompts, draws, group, sampling, take=world.shared_queue(len(prompts)), most=most, on_finished=heard)
 
 
 def _interval(metrics: dict[str, float], name: str, correct: torch.Tensor) -> None:
