@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """The Triton kernels against plain torch. On a machine without GPU they run in Triton's interpreter, where Triton is installed (pip install triton)."""
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ if not ON_GPU:
 
     interpreter._patch_lang_tensor = _patched
 
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
 from rlhf.rollout import kernels
+from rlhf.rollout.decoder import LeanDecoder, lean_layout
 from rlhf.rollout.loop import Outputs, Slots, record
 from rlhf.rollout.paged import CacheShape, DecodeStep, PagedCache
 from rlhf.rollout.sampler import gumbel_noise, row_keys, sample
+from rlhf.rollout.weights import buffer_elements, views
 from rlhf.types import Sampling
 
 if not ON_GPU and not hasattr(kernels.triton, "jit"):
@@ -59,7 +64,7 @@ def test_add_norm(dtype: torch.dtype, add: bool) -> None:
 def test_silu_mul(dtype: torch.dtype) -> None:
     x = values(3, 2 * 1500, dtype=dtype) * 3
     gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(kernels.silu_mul(x), torch.nn.functional.silu(gate) * up, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 0.01)
+    torch.testing.assert_close(kernels.silu_mul(x, 3), torch.nn.functional.silu(gate) * up, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 0.01)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -141,6 +146,42 @@ def test_attention_that_rotates_and_writes(norm: bool, window: int | None) -> No
     out = kernels.paged_attention(qkv, heads, fused, table, positions, 0.2, window, splits, workspace, rotation)
     torch.testing.assert_close(fused, pool, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_decode_with_kernels_is_decode_without(family: str, padded: bool) -> None:
+    """The whole decoder, fused step against plain torch; `padded`: products with more rows than the batch, whose contents must not matter."""
+    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+    more: dict[str, object] = {"qwen3": {"head_dim": 16}, "mistral": {"sliding_window": 6}}.get(family, {})
+    config = kinds[family](
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, **more
+    )  # fmt: skip
+    layout = lean_layout(config)
+    weights = views(values(buffer_elements(layout)) * 0.2, layout)
+    decoder = LeanDecoder(config, weights, 64)
+    if padded:
+        decoder._rows = {3: {"qkv": 8, "o": 4, "gate_up": 5, "down": 16, "head": 4}}
+    shape, contexts, n = decoder.shape, [3, 9, 14], 3
+    ids = torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    positions, slots = torch.tensor(contexts, device=DEVICE), torch.arange(n, device=DEVICE)
+    before = values(2, 2, 20, 4, 2, shape.head_dim, seed=5)
+    cache = PagedCache(shape, before.clone(), n, 64)
+    for slot, length in enumerate(contexts):
+        pages = cache.pages_for(length + 1)
+        cache.take([slot], np.arange(1, pages + 1)[None], np.ones(pages))
+    heads, kv_heads = decoder.heads, shape.kv_heads
+    workspace = kernels.attention_workspace([n], heads, kv_heads, shape.head_dim, 64, DEVICE)
+    with_kernels = decoder._on_gpu(ids, DecodeStep(cache, slots, positions, 2, workspace), slots)
+    cpu = torch.device("cpu")
+    plain = LeanDecoder(config, views(values(buffer_elements(layout)).cpu() * 0.2, layout), 64)
+    other = PagedCache(shape, before.cpu(), n, 64)
+    other.table.copy_(cache.table)
+    assert plain.device == other.device == cpu
+    without = plain.forward(ids.cpu(), positions.cpu(), DecodeStep(other, slots.cpu(), positions.cpu()), slots.cpu())
+    tolerance = 5e-3 if ON_GPU else 1e-4  # tf32 in attention
+    torch.testing.assert_close(with_kernels.cpu(), without, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(cache.pool.cpu(), other.pool, atol=tolerance, rtol=tolerance)
 
 
 def test_grow_pages() -> None:

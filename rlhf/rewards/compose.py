@@ -81,7 +81,7 @@ class EarlyScorer:
                     values, failures = _call(function, [j.prompt for j in batch], [j.ids for j in batch], self.tokenizer)
                     self.scores[name].update(zip((j.key for j in batch), values, strict=True))
                     self.failures[name] += failures
-        except BaseException as error:  # noqa: BLE001 - handed to the caller of `finish`
+        except BaseException as error:  # handed to the caller of `finish`
             self._error = error
 
 

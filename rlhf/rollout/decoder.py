@@ -117,12 +117,16 @@ class LeanDecoder:
         self.embedding, self.norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
         self.head = weights.get("lm_head.weight", self.embedding)
         self.device = self.embedding.device
-        self.wide = False
+        self._rows: dict[int, dict[str, int]] = {}  # batch -> rows of each product
         windows = _windows(c)
         self.layers = [self._layer(weights, i, windows[i]) for i in range(c.num_hidden_layers)]
         rotary = LlamaRotaryEmbedding(config).to(self.device)
         cos, sin = rotary(torch.empty(0, dtype=self.embedding.dtype, device=self.device), torch.arange(max_context, device=self.device)[None])
         self.cos, self.sin = (part[0, :, : dim // 2].contiguous() for part in (cos, sin))  # [max_context, D / 2]: both halves are equal
+
+    @property
+    def tuned(self) -> bool:
+        return bool(self._rows)
 
     @staticmethod
     def _layer(weights: dict[str, Tensor], i: int, window: int | None) -> _Layer:
@@ -155,54 +159,76 @@ class LeanDecoder:
         )
 
     def forward(self, ids: Tensor, positions: Tensor, step: Step, keep: Tensor | None) -> Tensor | None:
-        x = F.embedding(ids, self.embedding)
-        delta: Tensor | None = None
-        on_gpu = self.device.type == "cuda"
-        if not on_gpu:
-            half_cos, half_sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [n, 1, D / 2]
+        if self.device.type == "cuda":
+            return self._on_gpu(ids, step, keep)
+        x, delta, n = F.embedding(ids, self.embedding), None, len(ids)
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [n, 1, D / 2]
         for index, layer in enumerate(self.layers):
-            hidden = self._add_norm(x, delta, layer.attention_norm)
-            qkv = F.linear(hidden, layer.qkv, layer.qkv_bias)
-            heads = self.heads + 2 * self.shape.kv_heads
-            split = qkv.view(len(ids), heads, self.shape.head_dim)
-            q, k, v = split[:, : self.heads], split[:, self.heads : -self.shape.kv_heads], split[:, -self.shape.kv_heads :]
-            if not on_gpu:
-                q, k = self._rotated(q, layer.q_norm, half_cos, half_sin), self._rotated(k, layer.k_norm, half_cos, half_sin)
-                step.write(index, k, v)
-                mixed = step.attend(index, q, self.scale, layer.window)
-            elif isinstance(step, DecodeStep):
+            qkv = F.linear(self._add_norm(x, delta, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            q, k, v = self._split(qkv)
+            q, k = self._rotated(q, layer.q_norm, cos, sin), self._rotated(k, layer.k_norm, cos, sin)
+            step.write(index, k, v)
+            delta = F.linear(step.attend(index, q, self.scale, layer.window).reshape(n, -1), layer.o, layer.o_bias)
+            gate, up = F.linear(self._add_norm(x, delta, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+            delta = F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        if keep is None:
+            return None
+        assert delta is not None
+        return F.linear(self._add_norm(x[keep], delta[keep], self.norm), self.head)
+
+    def _on_gpu(self, ids: Tensor, step: Step, keep: Tensor | None) -> Tensor | None:
+        """The same with fused kernels. In decode steps each product may run with more rows than there are, where that is faster (`tune`)."""
+        x, delta, n = F.embedding(ids, self.embedding), None, len(ids)
+        rows = self._rows.get(n, _NO_ROWS) if isinstance(step, DecodeStep) else _NO_ROWS
+        for index, layer in enumerate(self.layers):
+            qkv = F.linear(kernels.add_norm(x, delta, layer.attention_norm, self.eps, rows["qkv"]), layer.qkv, layer.qkv_bias)
+            if isinstance(step, DecodeStep):
                 rotation = kernels.Rotation(self.cos, self.sin, layer.q_norm, layer.k_norm, self.eps)
-                mixed = step.rotate_and_attend(index, qkv, self.heads, self.scale, layer.window, rotation)
+                mixed = step.rotate_and_attend(index, qkv, self.heads, self.scale, layer.window, rotation, rows["o"])
             else:
                 kernels.rope_and_cache(
                     qkv, self.cos, self.sin, step.positions, step.slots, step.cache.table, step.cache.pool[index],
                     self.heads, self.shape.kv_heads, layer.q_norm, layer.k_norm, self.eps,
                 )  # fmt: skip
+                q, k, v = self._split(qkv)
                 step.written(k, v)
                 mixed = step.attend(index, q, self.scale, layer.window)
-            delta = F.linear(mixed.reshape(len(ids), -1), layer.o, layer.o_bias)
-            hidden = self._add_norm(x, delta, layer.mlp_norm)
-            gate_up = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
-            if on_gpu:
-                inner = kernels.silu_mul(gate_up)
-            else:
-                gate, up = gate_up.chunk(2, -1)
-                inner = F.silu(gate).mul_(up)
+            delta = F.linear(mixed.reshape(len(mixed), -1), layer.o, layer.o_bias)
+            hidden = kernels.add_norm(x, delta, layer.mlp_norm, self.eps, rows["gate_up"])
+            inner = kernels.silu_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias), n, rows["down"])
             delta = F.linear(inner, layer.down, layer.down_bias)
         if keep is None:
             return None
         assert delta is not None
-        if len(keep) != len(ids):
+        if len(keep) != n:
             x, delta = x[keep], delta[keep]
-        hidden = self._add_norm(x, delta, self.norm)
-        if self.wide and on_gpu and hidden.dtype != torch.float32:
-            return torch.mm(hidden, self.head.t(), out_dtype=torch.float32)
-        return F.linear(hidden, self.head)
+        return F.linear(kernels.add_norm(x, delta, self.norm, self.eps, rows["head"]), self.head)[: len(keep)]
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, (heads + 2 kv_heads) * D] -> q [n, heads, D], k and v [n, kv_heads, D], as views."""
+        split = qkv.view(len(qkv), -1, self.shape.head_dim)
+        return split[:, : self.heads], split[:, self.heads : -self.shape.kv_heads], split[:, -self.shape.kv_heads :]
+
+    def tune(self, batches: list[int]) -> None:
+        """Time every product with every number of rows in `batches`, and run each batch's with the fastest that has room for it: the library's choice
+        of kernels is not monotonic (1.5B, H100: gate|up takes 29.8 us with 192 rows, 26.8 with 256). All layers in turn, so that no weight is cached."""
+        kinds = {
+            "qkv": [layer.qkv for layer in self.layers],
+            "o": [layer.o for layer in self.layers],
+            "gate_up": [layer.gate_up for layer in self.layers],
+            "down": [layer.down for layer in self.layers],
+            "head": [self.head],
+        }
+        best: dict[str, dict[int, int]] = {}
+        for kind, matrices in kinds.items():
+            seconds = {batch: _product_seconds(matrices, batch) for batch in batches}
+            fastest = {b: min((c for c in batches if b <= c <= 2 * b), key=seconds.__getitem__) for b in batches}
+            # Only a gain beyond the noise of the clock is worth more rows.
+            best[kind] = {b: c if seconds[c] < 0.98 * seconds[b] else b for b, c in fastest.items()}
+        self._rows = {b: {kind: best[kind][b] for kind in kinds} for b in batches}
 
     def _add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         """x += delta in place; RMSNorm of it (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-        if self.device.type == "cuda":
-            return kernels.add_norm(x, delta, weight, self.eps)
         if delta is not None:
             x += delta
         wide = x.float()
@@ -216,6 +242,27 @@ class LeanDecoder:
             x = norm * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         low, high = x.chunk(2, -1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
+_NO_ROWS = {"qkv": 0, "o": 0, "gate_up": 0, "down": 0, "head": 0}
+
+
+def _product_seconds(matrices: list[Tensor], rows: int) -> float:
+    """Seconds of x @ W.T for all W, [rows, K] each; from a graph, because the host cannot launch small products as fast as they run."""
+    x = torch.randn(rows, matrices[0].shape[1], dtype=matrices[0].dtype, device=matrices[0].device)
+    F.linear(x, matrices[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for matrix in matrices:
+            F.linear(x, matrix)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
+    start.record()
+    for _ in range(3):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 3000
 
 
 def neighbours(tensors: list[Tensor]) -> Tensor:

@@ -45,6 +45,7 @@ class EngineSettings:
     prefill_tokens: int = 16_384  # most prompt tokens in one forward
     look_every: int = 8  # decode steps between looks of the host (1 on CPU)
     cuda_graphs: bool = True
+    tune: bool = True  # time products at start and pick the fastest kernels; off where every bit must come out the same on each start
 
 
 @dataclass
@@ -205,6 +206,8 @@ class HybridEngine:
             )
         if cuda and s.cuda_graphs:
             most = loop.batch_for(min(rows, s.max_batch))
+            if s.tune and isinstance(loop.decoder, LeanDecoder) and not loop.decoder.tuned:
+                loop.decoder.tune(loop.sizes)
             loop.capture([b for b in loop.sizes if b <= most], sampling, self._outputs, self.beat)
 
     def _pages(self, max_context: int, page_bytes: int) -> int:

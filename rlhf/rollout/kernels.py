@@ -60,10 +60,10 @@ def _add_norm(X, DELTA, WEIGHT, OUT, n, eps, H: tl.constexpr, BLOCK: tl.constexp
     tl.store(OUT + row * H + column, (scaled.to(tl.float32) * weight.to(tl.float32)).to(OUT.dtype.element_ty), mask=inside)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """x [n, H] += delta, in place; returns RMSNorm(x) * weight."""
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, rows: int = 0) -> Tensor:
+    """x [n, H] += the first n rows of delta, in place; returns RMSNorm(x) * weight, [max(n, rows), H] with undefined rows after the n-th."""
     n, hidden = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty(max(n, rows), hidden, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
     warps = 4 if block <= 2048 else 8
     _add_norm[(n,)](x, x if delta is None else delta, weight, out, n, eps, hidden, block, delta is not None, num_warps=warps, **_early())
@@ -156,23 +156,23 @@ def write_cache(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, positions: Te
 
 
 @triton.jit(do_not_specialize=["n"])
-def _silu_mul(GU, OUT, n, I: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _silu_mul(GU, OUT, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < I
-    gate = tl.load(GU + row * 2 * I + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(GU + row * 2 * I + I + column, mask=inside, other=0.0).to(tl.float32)
+    inside = column < WIDTH
+    gate = tl.load(GU + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(GU + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     dtype = OUT.dtype.element_ty
     act = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(OUT + row * I + column, (act * up).to(dtype), mask=inside)
+    tl.store(OUT + row * WIDTH + column, (act * up).to(dtype), mask=inside)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[n, 2 I] -> silu(first half) * second half, [n, I]"""
-    n, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(n, width, dtype=gate_up.dtype, device=gate_up.device)
+def silu_mul(gate_up: Tensor, n: int, rows: int = 0) -> Tensor:
+    """[>= n, 2 I] -> silu(first half) * second half of the first n rows, [max(n, rows), I] with undefined rows after the n-th."""
+    width = gate_up.shape[1] // 2
+    out = torch.empty(max(n, rows), width, dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, out, n, width, 1024, num_warps=4, **_early())
     return out
 
@@ -339,16 +339,16 @@ class Rotation:
 
 def paged_attention(
     q: Tensor, heads: int, pool: Tensor, table: Tensor, positions: Tensor, scale: float, window: int | None, splits: int,
-    workspace: AttentionWorkspace, rotation: Rotation | None = None,
+    workspace: AttentionWorkspace, rotation: Rotation | None = None, rows: int = 0,
 ) -> Tensor:  # fmt: skip
-    """One query per row over the pages of rows 0..B-1 of `table`, tokens 0..positions[b] -> [B, heads, D]. pool: [2, pages, page, HK, D].
+    """One query per row over the pages of rows 0..B-1 of `table`, tokens 0..positions[b] -> [max(B, rows), heads, D]. pool: [2, pages, page, HK, D].
 
-    q: [B, heads * D] with k and v in the cache already, or, with `rotation`, [B, (heads + 2 HK) * D] q|k|v as projected: then k and v are rotated and
+    q: [>= B, heads * D] with k and v in the cache already, or, with `rotation`, [B, (heads + 2 HK) * D] q|k|v as projected, with B positions: then k and v are rotated and
     written here. Long contexts are split and merged by the last program to arrive (FlashDecoding, Dao et al. 2023)."""
-    batch = len(q)
+    batch = len(positions)
     kv_heads, page, dim = pool.shape[3], pool.shape[2], pool.shape[4]
     group = heads // kv_heads
-    out = torch.empty(batch, heads, dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(max(batch, rows), heads, dim, dtype=q.dtype, device=q.device)
     r = rotation or Rotation(q, q, None, None, 0.0)
     _paged_attention[(kv_heads, batch, splits)](
         q, q.stride(0), pool[0], pool[1], table, table.stride(0), positions, out,

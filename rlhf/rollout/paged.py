@@ -178,14 +178,18 @@ class DecodeStep(Step):
         out = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True)
         return out.squeeze(2)
 
-    def rotate_and_attend(self, layer: int, qkv: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation) -> Tensor:
-        """On GPU: qkv [B, (heads + 2 kv_heads) * D] as projected -> [B, heads, D], with k and v put into the cache on the way."""
-        return self._kernel(layer, qkv, heads, scale, window, rotation)
+    def rotate_and_attend(
+        self, layer: int, qkv: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation, rows: int
+    ) -> Tensor:  # fmt: skip
+        """On GPU: qkv [>= B, (heads + 2 kv_heads) * D] as projected -> [max(B, rows), heads, D], with k and v put into the cache on the way."""
+        return self._kernel(layer, qkv, heads, scale, window, rotation, rows)
 
-    def _kernel(self, layer: int, q: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation | None) -> Tensor:
+    def _kernel(
+        self, layer: int, q: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation | None, rows: int = 0
+    ) -> Tensor:
         assert self.workspace is not None
         return kernels.paged_attention(
-            q, heads, self.cache.pool[layer], self.cache.table, self.positions, scale, window, self.splits, self.workspace, rotation
+            q, heads, self.cache.pool[layer], self.cache.table, self.positions, scale, window, self.splits, self.workspace, rotation, rows
         )  # fmt: skip
 
 
