@@ -7,11 +7,23 @@ import json
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
-from rlhf.config import Config, ModelConfig, RewardComponentConfig, TrainedModelConfig, critic_origin, role_dtype, role_settings, to_yaml
+from rlhf.config import (
+    Config,
+    ModelConfig,
+    RewardComponentConfig,
+    TrainedModelConfig,
+    critic_origin,
+    hybrid_engine_words,
+    role_dtype,
+    role_settings,
+    to_yaml,
+)
 from rlhf.distributed import launch_environment
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
 from rlhf.rewards import FunctionReward
+from rlhf.rollout.decoder import is_lean
+from rlhf.rollout.generic import refuse_unsupported
 
 SHARDED = {
     0: "whole on every rank",
@@ -27,6 +39,8 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         read_architecture(role, name)
         role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
     if config.task == "rl":
+        hybrid_engine_words(config.deepspeed)
+        refuse_unsupported(read_architecture(config.actor, "actor"), config.rollout.max_new_tokens)
         _check_tokenizers(config)
         for component in config.reward.components:
             if component.function:
@@ -75,7 +89,10 @@ def describe(config: Config) -> str:
         )
         lines.append(f"    DeepSpeed: {json.dumps(settings)}")
     if config.task == "rl":
-        lines.append("  rollout: a whole copy of the actor on every rank, filled once per rollout phase, adapters merged")
+        architecture = read_architecture(config.actor, "actor")
+        way = "lean decoder" if is_lean(architecture) else "transformers' own forward on a paged cache"
+        size = parameters(architecture) * (2 if role_dtype(config.actor, on_gpu) == "bfloat16" else 4) / 2**30
+        lines.append(f"  rollout: {way}; a whole copy of the actor on every rank ({size:.2f} GiB), filled once per rollout phase, adapters merged")
         if config.uses_reference and config.actor.lora and config.reference.path is None:
             lines.append("  reference: the actor with its adapters off")
     return "\n".join(lines)

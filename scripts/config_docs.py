@@ -57,7 +57,16 @@ program. A number that contradicts the recipe is refused, not overwritten.
 | any other | the key is dropped: DeepSpeed's own default |
 
 Frozen roles have no optimizer: `optimizer` and `offload_optimizer` are dropped for them, and stages 1 and 2 become 0.
-The block `hybrid_engine` is taken out: rollouts use this project's own engine.
+
+The block `hybrid_engine`, as DeepSpeed-Chat's users have it, is read as words for this project's own engine and never reaches DeepSpeed:
+
+| key | means |
+|---|---|
+| `enabled` | must be true: rollouts have no other engine |
+| `max_out_tokens` | most tokens of prompt and response together; a longer prompt is refused before training |
+| `release_inference_cache` | as `rollout.release`: the memory of rollout weights and KV cache is free during the update |
+| `inference_tp_size` | must be 1: every rank decodes with whole weights |
+| `pin_parameters`, `tp_gather_partition_size` | nothing to set: weights are gathered in one pass into a buffer that keeps its address |
 
 Refused unless absent, `"auto"` or disabled:
 

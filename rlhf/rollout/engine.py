@@ -99,14 +99,15 @@ class HybridEngine:
         self.lean = is_lean(config)
         self._model: Any = None
         self.aliases: dict[str, list[str]] = {}  # names that tied tensors also go by
+        refuse_unsupported(config, settings.max_context)
         if self.lean:
             self._layout = lean_layout(config)
             if config.tie_word_embeddings:
                 self.aliases = {"model.embed_tokens.weight": ["lm_head.weight"]}
         else:
-            refuse_unsupported(config, settings.max_context)
             with init_empty_weights(include_buffers=False):
                 self._model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            self._model.tie_weights()  # init_empty_weights makes a parameter of its own for every name
             self._layout = [Slice(name, tuple(p.shape)) for name, p in self._model.named_parameters()]
             every = list(self._model.named_parameters(remove_duplicate=False))
             self.aliases = {name: [n for n, q in every if q is p and n != name] for name, p in self._model.named_parameters()}
@@ -175,11 +176,8 @@ class HybridEngine:
         loop, cuda = self._loop, self.device.type == "cuda"
         if loop is None or max_context > loop.max_context:
             self._loop = self._outputs = self._pool = loop = None
-            if self.lean:
-                self._decoder = LeanDecoder(self.config, self.weights, max_context)
-            else:
-                refuse_unsupported(self.config, max_context)
-                self._decoder = self._model
+            refuse_unsupported(self.config, max_context)
+            self._decoder = LeanDecoder(self.config, self.weights, max_context) if self.lean else self._model
             decoder = self._decoder
             assert decoder is not None
             shape = decoder.shape

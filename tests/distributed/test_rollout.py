@@ -1,0 +1,163 @@
+"""The hybrid engine on two ranks: weights handed over (trap 21), prompts shared out (trap 25), and ranks of very different length."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from rlhf.distributed import World
+from rlhf.experience import gather_rollout
+from rlhf.models.lora import weight_layout
+from rlhf.rollout import EngineSettings, HybridEngine
+from rlhf.types import Prompt, Sampling
+from tests.distributed.test_engine import causal_engine, train
+from tests.helpers import VOCABULARY, run_ranks
+
+
+def rollout_engine(models: Path, name: str, world: World, **settings: Any) -> HybridEngine:
+    config = AutoConfig.from_pretrained(models / name)
+    engine = HybridEngine(config, [3], 3, EngineSettings(**settings), world.device, torch.float32, beat=world.beat)
+    with torch.no_grad():
+        for i, tensor in enumerate(engine.weights.values()):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+    return engine
+
+
+# ---- trap 21
+
+
+def take_over(world: World, models: Path, name: str, stage: int, lora: bool, damage: bool) -> tuple[bool, bool, str]:
+    engine = causal_engine(world, models / name, stage, lora=lora, learning_rate=0.5)
+    hybrid = rollout_engine(models, name, world)
+    layout = weight_layout(engine.module)
+    train(engine, world, 1)
+    before = {n: t.clone() for n, t in engine.full_tensors(layout)}
+    addresses = [t.data_ptr() for t in hybrid.weights.values()]
+    if damage:
+        whole = World.gather_shards
+
+        def damaged(self: World, pairs: Any) -> None:
+            whole(self, pairs)
+            for out, _ in pairs:
+                out[-1] += 1  # belongs to the last rank
+
+        World.gather_shards = damaged  # type: ignore[method-assign]
+    hybrid.take_over(lambda weights: engine.gather_into(layout, weights))
+    equal = all(torch.equal(before[n], view) for n, view in hybrid.weights.items()) and before.keys() == hybrid.weights.keys()
+    message = ""
+    try:
+        hybrid.generate([Prompt([5, 6], "", "test")], [0], 1, Sampling(2))
+    except RuntimeError as error:
+        message = str(error)
+    untouched = all(torch.equal(before[n], t) for n, t in engine.full_tensors(layout))  # merging must not reach the training weights
+    return equal, untouched and addresses == [t.data_ptr() for t in hybrid.weights.values()], message
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "lora"),
+    [
+        ("llama", 3, False),
+        ("llama", 2, True),
+        ("llama_untied", 0, False),
+        ("gpt2", 3, True),
+        ("gpt2", 1, False),
+        ("qwen2", 3, True),
+        ("qwen2", 2, False),
+    ],
+)
+def test_trap_21_shards_arrive_whole_and_merged(models: Path, name: str, stage: int, lora: bool) -> None:
+    """trap 21: equal to the gathered and merged tensors bit for bit, at the same addresses as ever, tied heads and biases included."""
+    for equal, kept, message in run_ranks(take_over, 2, models, name, stage, lora, False):
+        assert equal
+        assert kept
+        assert message == ""
+
+
+def test_trap_21_a_wrong_element_stops_the_rollout(models: Path) -> None:
+    """trap 21: what arrived is compared with the shard that a rank holds itself."""
+    messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, False, True)]
+    assert "trap 21" in messages[1]  # the last element of a tensor is the last rank's
+
+
+# ---- prompts shared out
+
+
+def skewed(count: int) -> tuple[list[Prompt], list[int]]:
+    """Prompts, and response lengths that alternate between very long and very short."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY, (count, 3), generator=generator).tolist()
+    return [Prompt(row, "", "test") for row in ids], [60 if i % 2 == 0 else 2 for i in range(count)]
+
+
+def pull(world: World, models: Path, queue: bool, slow: float, count: int) -> tuple[dict[int, list[int]], int, float]:
+    """(draw -> response, own rows, busy seconds)"""
+    hybrid = rollout_engine(models, "llama", world, max_batch=8, page_size=16)
+    prompts, lengths = skewed(count)
+    hybrid.generate(prompts[:2], [0, 1], 1, Sampling(60))  # warm
+    world.barrier()
+    started = time.monotonic()
+
+    def dawdle(row: int, ids: list[int]) -> None:
+        time.sleep(slow * world.rank)
+
+    if queue:
+        local = hybrid.generate(
+            prompts, list(range(count)), 1, Sampling(60, seed=1), take=world.shared_queue(count), most=4, forced=lengths, on_finished=dawdle
+        )
+    else:
+        mine = list(range(world.rank, count, 2))
+        local = hybrid.generate([prompts[i] for i in mine], mine, 1, Sampling(60, seed=1), forced=[lengths[i] for i in mine], on_finished=dawdle)
+    busy = time.monotonic() - started
+    world.wait_for_all("rollout")
+    rollout = gather_rollout(local, dict(enumerate(prompts)), world)
+    return {int(d): rollout.response_ids(i) for i, d in enumerate(rollout.draw)}, len(local), busy
+
+
+def test_trap_25_queue_and_plan_give_the_same_tokens(models: Path) -> None:
+    """trap 25; and a rank that is held up takes fewer prompts, while the plan gives every rank its half."""
+    queued = run_ranks(pull, 2, models, True, 0.05, 40)
+    planned = run_ranks(pull, 2, models, False, 0.0, 40)
+    assert queued[0][0] == queued[1][0] == planned[0][0]
+    assert len(queued[0][0]) == 40
+    assert [rows for _, rows, _ in planned] == [20, 20]
+    assert queued[0][1] + queued[1][1] == 40
+    assert queued[1][1] < 16
+
+
+@pytest.mark.slow
+def test_the_queue_keeps_both_ranks_busy(models: Path) -> None:
+    """A plan gives rank 0 all the long responses. With the queue both ranks are done within 10 % of each other."""
+    times = sorted(busy for _, _, busy in run_ranks(pull, 2, models, True, 0.0, 600, timeout=100))
+    planned = sorted(busy for _, _, busy in run_ranks(pull, 2, models, False, 0.0, 600, timeout=100))
+    assert times[1] < 1.1 * times[0]
+    assert planned[1] > 2 * planned[0]
+
+
+# ---- no hang
+
+
+def uneven(world: World, models: Path) -> tuple[int, float]:
+    """Rank 0 ends at once, rank 1 decodes for longer than the group's timeout."""
+    prompts, _ = skewed(2)
+    hybrid = rollout_engine(models, "llama", world, max_batch=2)
+    slow = 0.6 * world.rank
+    hybrid.beat = lambda: time.sleep(slow)  # once for every decode step
+    started = time.monotonic()
+    local = hybrid.generate(prompts[world.rank :][:1], [world.rank], 1, Sampling(12), forced=[12 if world.rank else 1])
+    world.wait_for_all("rollout")
+    rollout = gather_rollout(local, dict(enumerate(prompts)), world)
+    return int(rollout.response_lengths.sum()), time.monotonic() - started
+
+
+def test_a_rank_that_waits_does_not_hang_or_time_out(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waiting is on the store, not in a collective: a group timeout of 3 seconds does not see 6 seconds of it."""
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "0.05")
+    found: list[tuple[Tensor, float]] = run_ranks(uneven, 2, models)
+    assert [int(tokens) for tokens, _ in found] == [13, 13]
+    assert all(seconds > 5 for _, seconds in found)
