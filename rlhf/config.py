@@ -184,7 +184,9 @@ class RolloutConfig(Section):
     cache_tokens: int = Field(
         0, ge=0, description="tokens that the KV cache of a rank holds; 0 = what max_batch sequences need, as far as memory allows"
     )
-    memory_fraction: float = Field(0.85, gt=0, lt=1, description="share of the memory that is free at the first rollout which the KV cache may take")
+    memory_fraction: float = Field(
+        0.5, gt=0, lt=1, description="share of the memory that is free at the first rollout which the KV cache may take; the update needs the rest"
+    )
     prefill_tokens: int = Field(16_384, ge=1, description="most prompt tokens in one forward")
     release: bool = Field(
         False,

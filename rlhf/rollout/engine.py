@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlhf.config import ModelConfig
 from rlhf.models.loading import eos_token_ids, file_key, read_architecture, tensor_names, without_dropout
+from rlhf.rollout import kernels
 from rlhf.rollout.decoder import Decoder, LeanDecoder, is_lean, lean_layout
 from rlhf.rollout.generic import GenericDecoder, refuse_unsupported
 from rlhf.rollout.loop import DecodeLoop, Outputs, Slots, draw_tokens
@@ -115,6 +116,7 @@ class HybridEngine:
         self.weights = views(self._storage.tensor.view(dtype), self._layout)
         self._pool: DeviceBuffer | None = None
         self._wrong: Tensor | None = None
+        self._warm = False
         self._decoder: Decoder | None = None
         self._loop: DecodeLoop | None = None
         self._outputs: Outputs | None = None
@@ -207,6 +209,20 @@ class HybridEngine:
             if s.tune and isinstance(loop.decoder, LeanDecoder) and not loop.decoder.tuned:
                 loop.decoder.tune(loop.sizes)
             loop.capture([b for b in loop.sizes if b <= most], sampling, self._outputs, self.beat)
+            self._first_prefill(sampling)
+
+    def _first_prefill(self, sampling: Sampling) -> None:
+        """Kernels of the prefill are compiled here, not in the first rollout. Two tokens on the page of nobody, and nothing is kept."""
+        loop, out = self._loop, self._outputs
+        assert loop is not None and out is not None
+        if self._warm:
+            return
+        step = PrefillStep(loop.cache, [Segment(loop.cache.holder, 0, 2)])
+        logits = loop.decoder.forward(torch.zeros(2, dtype=torch.int64, device=self.device), step.positions, step, step.last)
+        none = torch.zeros(1, dtype=torch.int64, device=self.device)
+        assert logits is not None
+        kernels.sample(logits, 1.0, sampling.temperature > 0, none, none, none)
+        self._warm = True
 
     def _pages(self, max_context: int, page_bytes: int) -> int:
         s = self.settings

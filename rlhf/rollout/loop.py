@@ -6,7 +6,7 @@ On a GPU a step is one captured graph per batch size: forward, sampling, bookkee
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -142,6 +142,11 @@ def batch_sizes(most: int) -> list[int]:
     return [*(s for s in sizes if s < most), most]
 
 
+def _shape(sampling: Sampling) -> Sampling:
+    """What of it a captured step depends on."""
+    return replace(sampling, max_new_tokens=0, seed=0, stream=0, stop=())
+
+
 class DecodeLoop:
     """Runs decode steps over the first slots. Captured graphs stay valid while cache, state and outputs keep their addresses."""
 
@@ -167,7 +172,7 @@ class DecodeLoop:
         if not self.graphs:
             self._eager(batch, sampling, out)
             return
-        key = (batch, sampling, id(out))
+        key = (batch, _shape(sampling), id(out))
         if key not in self._captured:
             self.capture([batch], sampling, out)
         self._captured[key].replay()
@@ -191,7 +196,8 @@ class DecodeLoop:
         live = self.state.live.clone()
         self.state.live.zero_()
         for batch in sorted(batches, reverse=True):
-            if (batch, sampling, id(out)) in self._captured:
+            key = (batch, _shape(sampling), id(out))
+            if key in self._captured:
                 continue
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -202,7 +208,7 @@ class DecodeLoop:
             with torch.cuda.graph(graph, pool=self._pool):
                 self._eager(batch, sampling, out)
             self._pool = self._pool or graph.pool()
-            self._captured[batch, sampling, id(out)] = graph
+            self._captured[key] = graph
             beat()
         self.state.live.copy_(live)
 
