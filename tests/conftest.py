@@ -14,6 +14,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # where Triton is installed; read when kernels are defined
 torch.set_num_threads(1)  # forked ranks inherit a process without worker threads
 with contextlib.suppress(ImportError):  # a GPU machine may lack what only CPU tests need
     import beartype  # noqa: F401

@@ -184,7 +184,7 @@ def draw(
     """(token [B], logprob [B]) from logits [B, V], as the decode loop draws response token `numbers` [B]. seen: [B, V] bool, under the penalty."""
     out = Outputs.empty(len(keys), 1, logits.shape[-1], logits.device, False, replace(sampling, entropy=False))
     if out.seen is not None and seen is not None:
-        out.seen.copy_(seen)
+        out.seen[: len(keys)] = seen
     least = torch.full_like(numbers, sampling.min_new_tokens)
     ends = torch.tensor(eos, dtype=torch.int64, device=logits.device)
     return draw_tokens(logits, sampling, torch.arange(len(keys), device=logits.device), keys, numbers, least, ends, out)

@@ -211,7 +211,7 @@ class LeanDecoder:
 
     def tune(self, batches: list[int]) -> None:
         """Time every product with every number of rows in `batches`, and run each batch's with the fastest that has room for it: the library's choice
-        of kernels is not monotonic (1.5B, H100: gate|up takes 29.8 us with 192 rows, 26.8 with 256). All layers in turn, so that no weight is cached."""
+        of kernels is not monotonic (1.5B, H100: gate|up takes 29.8 us with 192 rows, 26.8 with 256). All layers in turn, so that none is cached."""
         kinds = {
             "qkv": [layer.qkv for layer in self.layers],
             "o": [layer.o for layer in self.layers],

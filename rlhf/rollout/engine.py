@@ -155,8 +155,8 @@ class HybridEngine:
 
     @torch.no_grad()
     def take_over(self, gather: Callable[[dict[str, Tensor]], Tensor]) -> None:
-        """The weights of a training engine: `gather` writes them to their places in the buffer and returns the number of elements that came out wrong,
-        which `generate` looks at, so that nobody waits here. (collective)"""
+        """The weights of a training engine: `gather` writes them to their places in the buffer and returns how many elements came out wrong, which
+        `generate` looks at, so that nobody waits here. (collective)"""
         self._storage.restore()
         self._wrong = gather(self.weights)
 
@@ -197,7 +197,7 @@ class HybridEngine:
             loop.forget_graphs()
             old = self._outputs
             self._outputs = Outputs.empty(
-                max(rows, old.ids.shape[0] if old else 0),
+                max(rows, old.ids.shape[0] - 1 if old else 0),
                 max(window, old.ids.shape[1] if old else 0),
                 loop.decoder.vocabulary,
                 self.device,
@@ -228,6 +228,8 @@ class HybridEngine:
         s = self.settings
         least = -(-max_context // s.page_size) + 3  # one sequence, the holder's partial page, the page of nobody
         wanted = -(-s.cache_tokens // s.page_size) + 1 if s.cache_tokens else (s.max_batch + 1) * -(-max_context // s.page_size) + 1
+        if not s.cache_tokens:
+            wanted = max(wanted, least)
         if s.cache_tokens and wanted < least:
             raise ValueError(
                 f"rollout.cache_tokens={s.cache_tokens}: one sequence of {max_context} tokens needs at least {(least - 1) * s.page_size}"
@@ -268,8 +270,8 @@ class HybridEngine:
         """`group_size` responses to each prompt; rows ordered as (prompt, sample). No collective.
 
         draws: global draw index of each prompt, which with the sample's index decides its noise. take: index of the next prompt for this rank,
-        None when there are no more (ranks share a queue); the rollout then has the prompts that were taken. most: rows in flight, so that a rank leaves
-        some to the others. limits: most response tokens, and
+        None when there are no more (ranks share a queue); the rollout then has the prompts that were taken. most: rows in flight, so that a
+        rank leaves some to the others. limits: most response tokens, and
         forced: exact response tokens (for measurements), of each row. on_finished(row, response ids) hears of every row once, as it ends.
         """
         if not prompts:
@@ -340,7 +342,8 @@ class _Call:
         self.exhausted = take is None
         if take is None:
             self._enqueue(range(len(prompts)))
-        self.block = engine.settings.look_every if self.cuda else 1
+        # No more than a page: a row then begins at most one page between two looks.
+        self.block = min(engine.settings.look_every, self.cache.page_size) if self.cuda else 1
         self.used = 0  # slots below this may be live
         self.admitted = self.steps = self.pages_taken = 0
         self.free_pages = self.cache.pages - 1  # at least so many, as of the last look
@@ -456,6 +459,7 @@ class _Call:
     def _make_room(self) -> None:
         """The pool is full: give back what ended rows hold, then preempt the youngest rows until the others can go on. (waits for the device)"""
         self._consider(self._look())
+        self._consider(self._look())  # without the rows that the first has ended
         self._compact(int(self.growth.shape[1]))
         self._consider(self._look())
         if self._room() or self.used == 0:
@@ -574,8 +578,8 @@ class _Call:
         self._seat(batch)
 
     def _pages_for(self, fresh: list[tuple[_Waiting, list[int], int]]) -> tuple[Tensor, np.ndarray]:
-        """New pages for every slot of each entry (and the holder, for rows that wait on): full ones shared, the partly filled one each its own. Returns
-        the pages by number, and the numbers [2, copies] of pages to be copied once the first slot's are filled."""
+        """New pages for every slot of each entry (and the holder, for rows that wait on): full ones shared, the partly filled one each its own.
+        Returns the pages by number, and the numbers [2, copies] of pages to be copied once the first slot's are filled."""
         page = self.cache.page_size
         slots: list[int] = []
         places = np.zeros(
@@ -721,6 +725,8 @@ class _Call:
 
     def rollout(self) -> Rollout:
         rows = [p * self.group_size + s for p in sorted(self.taken) for s in range(self.group_size)]
+        if not rows:
+            return _assemble([], self.draw[:0], [], None, self.sampling, self.engine.pad_token_id)
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         out, window = self.out, self.sampling.max_new_tokens
         lengths, finished = out.lengths[index].cpu(), out.finished[index].cpu()

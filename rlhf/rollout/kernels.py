@@ -111,7 +111,7 @@ def rope_and_cache(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, table: Tensor, pool: Tensor,
     heads: int, kv_heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
-    """Normalise (where the model does) and rotate q and k of qkv [n, (heads + 2 kv_heads) * D] in place; write k and v to pool [2, pages, page, HK, D].
+    """Normalise (where the model does) and rotate q and k of qkv [n, (heads + 2 HK) * D] in place; write k and v to pool [2, pages, page, HK, D].
 
     cos, sin: [positions, D / 2]."""
     n, dim = len(qkv), qkv.shape[1] // (heads + 2 * kv_heads)
@@ -343,8 +343,8 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """One query per row over the pages of rows 0..B-1 of `table`, tokens 0..positions[b] -> [max(B, rows), heads, D]. pool: [2, pages, page, HK, D].
 
-    q: [>= B, heads * D] with k and v in the cache already, or, with `rotation`, [B, (heads + 2 HK) * D] q|k|v as projected, with B positions: then k and v are rotated and
-    written here. Long contexts are split and merged by the last program to arrive (FlashDecoding, Dao et al. 2023)."""
+    q: [>= B, heads * D] with k and v in the cache already; or, with `rotation`, q|k|v as projected [>= B, (heads + 2 HK) * D], and k and v are
+    rotated and written here. Long contexts are split and merged by the last program to arrive (FlashDecoding, Dao et al. 2023)."""
     batch = len(positions)
     kv_heads, page, dim = pool.shape[3], pool.shape[2], pool.shape[4]
     group = heads // kv_heads
@@ -352,7 +352,8 @@ def paged_attention(
     r = rotation or Rotation(q, q, None, None, 0.0)
     _paged_attention[(kv_heads, batch, splits)](
         q, q.stride(0), pool[0], pool[1], table, table.stride(0), positions, out,
-        workspace.partial, workspace.statistics, workspace.arrived, r.cos, r.sin, q if r.q_norm is None else r.q_norm, q if r.k_norm is None else r.k_norm,
+        workspace.partial, workspace.statistics, workspace.arrived, r.cos, r.sin,
+        q if r.q_norm is None else r.q_norm, q if r.k_norm is None else r.k_norm,
         scale, window or 0, splits, r.eps,
         heads, kv_heads, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(dim // 2)), group, max(16, triton.next_power_of_2(group)),
         page, ATTENTION_BLOCK, SPLIT_TOKENS, window is not None, rotation is not None, r.q_norm is not None,
@@ -556,5 +557,6 @@ def record(token: Tensor, logprob: Tensor, state: Any, out: Any, eos: Tensor) ->
     batch = len(token)
     _record[(triton.cdiv(batch, 128),)](
         token, logprob, state.row, state.token, state.length, state.new, state.live, state.limit, out.forced, out.ids, out.logprobs, out.lengths,
-        out.finished, eos, out.ids.shape[1], batch, len(eos), triton.next_power_of_2(len(eos)), out.forced is not out.lengths, 128, num_warps=4, **_early(),
+        out.finished, eos, out.ids.shape[1], batch, len(eos), triton.next_power_of_2(len(eos)), out.forced is not out.lengths, 128,
+        num_warps=4, **_early(),
     )  # fmt: skip

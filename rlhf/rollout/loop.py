@@ -61,6 +61,7 @@ class Outputs:
 
     @classmethod
     def empty(cls, rows: int, window: int, vocabulary: int, device: torch.device, forced: bool, sampling: Sampling) -> Outputs:
+        rows += 1  # the last for slots that are not live
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         return cls(
             ids=torch.zeros(rows, window, dtype=torch.int32, device=device),
@@ -75,7 +76,7 @@ class Outputs:
     def fits(self, rows: int, window: int, forced: bool, sampling: Sampling) -> bool:
         kinds = ((self.forced is not self.lengths) == forced, (self.entropies is not None) == sampling.entropy)
         penalised = (self.seen is not None) == (sampling.repetition_penalty != 1.0)
-        return self.ids.shape[0] >= rows and self.ids.shape[1] >= window and all(kinds) and penalised
+        return self.ids.shape[0] > rows and self.ids.shape[1] >= window and all(kinds) and penalised
 
     def clear(self) -> None:
         for tensor in (self.logprobs, self.lengths, self.finished, self.forced, self.entropies, self.seen):
@@ -185,9 +186,11 @@ class DecodeLoop:
         step = DecodeStep(self.cache, self.slots[:batch], length, splits, self.workspace)
         logits = self.decoder.forward(state.token[:batch], length, step, self.slots[:batch])
         assert logits is not None
-        token, logprob = draw_tokens(
-            logits, sampling, state.row[:batch], state.key[:batch], state.new[:batch], state.least[:batch], self.eos, out
-        )  # fmt: skip
+        row, new = state.row[:batch], state.new[:batch]
+        if not plain(sampling):
+            # What slots that are not live would note of their rows must hurt nobody: the row may be preempted, or live in another slot.
+            row, new = torch.where(live, row, len(out.ids) - 1), torch.where(live, new, 0)
+        token, logprob = draw_tokens(logits, sampling, row, state.key[:batch], new, state.least[:batch], self.eos, out)
         record(token, logprob, state, out, self.eos)
 
     def capture(self, batches: list[int], sampling: Sampling, out: Outputs, beat: Callable[[], None] = lambda: None) -> None:

@@ -75,8 +75,8 @@ class PagedCache:
         return -(-tokens // self.page_size)
 
     def take(self, slots: Sequence[int], places: np.ndarray, counts: np.ndarray) -> Tensor:
-        """Give new pages to `slots`. places: [len(slots), width], entry = 1-based number of the new page that stands there, 0 = none; counts: [new pages],
-        how many slots hold each. Returns the pages by number. The caller knows that enough are free."""
+        """Give new pages to `slots`. places: [len(slots), width], entry = 1-based number of the new page that stands there, 0 = none;
+        counts: [new pages], how many slots hold each. Returns the pages by number. The caller knows that enough are free."""
         where, entries = upload(np.asarray(slots), self.device), upload(places, self.device)
         index = (self.free_count - 1).long() - torch.arange(len(counts), device=self.device)
         new = self.free[index]

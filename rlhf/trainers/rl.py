@@ -274,8 +274,8 @@ def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt])
             )
         if allowed and longest + new > allowed:
             raise ValueError(
-                f"the longest {name} prompt has {longest} tokens; with {new} new ones that is more than hybrid_engine.max_out_tokens={allowed} of the "
-                "DeepSpeed JSON: raise it, or lower data.max_prompt_tokens or max_new_tokens"
+                f"the longest {name} prompt has {longest} tokens; with {new} new ones that is more than "
+                f"hybrid_engine.max_out_tokens={allowed} of the DeepSpeed JSON: raise it, or lower data.max_prompt_tokens or max_new_tokens"
             )
         most = max(most, longest + new if rows else 0)
     return most
