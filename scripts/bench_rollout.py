@@ -4,9 +4,9 @@
     python scripts/bench_rollout.py --shape 8B --step 1 64 --context 512
     python scripts/bench_rollout.py --shape 1.5B --profile 192
 
-Whole rollouts: 128 prompts x 4 samples with response lengths drawn once (scripts/workloads.py). The engine is told only the longest length for every
-request; a table on the device makes each response end at its own length, where the engine finds it out as it does a real end token. Logprobs are kept,
-temperature 1. One JSON line per run, the first is the warm-up.
+Whole rollouts: 128 prompts x 4 samples with response lengths drawn once (scripts/workloads.py). The engine is told only the longest length for
+every request; a table on the device makes each response end at its own length, where the engine finds it out as it does a real end token. Logprobs
+are kept, temperature 1. One JSON line per run, the first is the warm-up.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def whole(args: argparse.Namespace) -> None:
     engine = build(args.shape, args.max_batch, 0)
     built = time.perf_counter() - started
     ids, lengths = rollout_requests(args.prompts, args.samples, longest=args.longest)
+    ids = [[i % (engine.config.vocab_size - 1) for i in row] for row in ids]
     prompts, draws = [Prompt(row, "", "bench") for row in ids], list(range(len(ids)))
     sampling = Sampling(args.longest)
     started = time.perf_counter()

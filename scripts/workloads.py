@@ -53,6 +53,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(2, 64, 128, 4, 2, 16, 512, True),  # to try the scripts out
     "0.5B": Shape(24, 896, 4864, 14, 2, 64, 151936, True),
     "1.5B": Shape(28, 1536, 8960, 12, 2, 128, 151936, True),
     "7B": Shape(28, 3584, 18944, 28, 4, 128, 151936, False),
@@ -61,7 +62,8 @@ SHAPES = {
 
 
 def rollout_requests(prompts: int = 128, samples: int = 4, seed: int = 0, longest: int = 1024) -> tuple[list[list[int]], list[int]]:
-    """(prompts as token ids, response length of each sample): prompts uniform in [64, 256], responses lognormal (median 320, sigma 0.8) in [32, longest]."""
+    """(prompts as token ids, response length of each sample): prompts uniform in [64, 256], responses lognormal (median 320, sigma 0.8) in
+    [32, longest]."""
     random = np.random.default_rng(seed)
     ids, lengths = [], []
     for _ in range(prompts):

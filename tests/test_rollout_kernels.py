@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""The Triton kernels against plain torch. On a machine without GPU they run in Triton's interpreter, where Triton is installed (pip install triton)."""
+"""The Triton kernels against plain torch. Without a GPU they run in Triton's interpreter, where Triton is installed (pip install triton)."""
 
 from __future__ import annotations
 
