@@ -226,7 +226,7 @@ def test_record(forced: bool) -> None:
     state.limit.fill_(5)
     state.live.copy_(torch.arange(batch) != 4)
     if forced:
-        out.forced.copy_(torch.tensor([0, 1, 2, 3, 4, 5, 1, 2, 0]))
+        out.forced[:batch] = torch.tensor([0, 1, 2, 3, 4, 5, 1, 2, 0])
     token, logprob, eos = torch.arange(batch) % 4, torch.linspace(-2, -1, batch), torch.tensor([3, 17])
     theirs, found = Slots(**{k: v.clone().to(DEVICE) for k, v in vars(state).items()}), Outputs(**vars(out))
     for name in ("ids", "logprobs", "lengths", "finished", "forced"):

@@ -276,8 +276,10 @@ def _paged_attention(
         start_at = begin + split * span
         end_at = tl.minimum(start_at + span, context)
         factor = scale * 1.4426950408889634
-        for start in range(start_at, end_at, BN):
-            at = start + j
+        blocks = tl.cdiv(end_at - start_at, BN)
+        # From the end to the beginning, as flash attention does in the training forward: probabilities are rounded against the same running maximum.
+        for step in range(0, blocks):
+            at = start_at + (blocks - 1 - step) * BN + j
             page = tl.load(TABLE + row * width + at // PAGE, mask=at < end_at, other=0).to(tl.int64)
             where = (page * PAGE + at % PAGE) * (HK * D) + head * D
             seen = at < end_at
@@ -286,7 +288,7 @@ def _paged_attention(
             k_source = KEYS + where[:, None] + i[None, :]
             k_low = tl.load(k_source, mask=seen[:, None] & inside[None, :], other=0.0)
             k_high = tl.load(k_source + D // 2, mask=seen[:, None] & inside[None, :], other=0.0)
-            x = (tl.dot(low, tl.trans(k_low)) + tl.dot(high, tl.trans(k_high))) * factor
+            x = tl.dot(high, tl.trans(k_high), tl.dot(low, tl.trans(k_low))) * factor
             x = tl.where(seen[None, :], x, -1e30)
             larger = tl.maximum(top, tl.max(x, 1))
             p = tl.exp2(x - larger[:, None])
