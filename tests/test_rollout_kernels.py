@@ -119,7 +119,7 @@ def test_paged_attention(dim: int, heads: int, kv_heads: int, page: int, window:
             out = kernels.paged_attention(
                 q.flatten(1), heads, cache.pool[0].to(DEVICE), cache.table.to(DEVICE), positions.to(DEVICE), 0.3, window, batch_splits, workspace
             )  # fmt: skip
-            torch.testing.assert_close(out.cpu(), expected, atol=2e-3 if ON_GPU else 1e-5, rtol=2e-3 if ON_GPU else 1e-5)
+            torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -179,7 +179,7 @@ def test_decode_with_kernels_is_decode_without(family: str, padded: bool) -> Non
     other.table.copy_(cache.table)
     assert plain.device == other.device == cpu
     without = plain.forward(ids.cpu(), positions.cpu(), DecodeStep(other, slots.cpu(), positions.cpu()), slots.cpu())
-    tolerance = 5e-3 if ON_GPU else 1e-4  # tf32 in attention
+    tolerance = 1e-4
     torch.testing.assert_close(with_kernels.cpu(), without, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(cache.pool.cpu(), other.pool, atol=tolerance, rtol=tolerance)
 
@@ -215,6 +215,16 @@ def test_sample(vocabulary: int, temperature: float, noise: bool) -> None:
     mapped, _ = kernels.sample(logits, temperature, noise, keys.to(DEVICE), positions.to(DEVICE), source.to(DEVICE))
     assert torch.equal(mapped.cpu(), sample(logits.cpu()[source], temperature, noise, keys, positions)[0])
     assert gumbel_noise(keys, positions, torch.arange(8)).isfinite().all()
+
+
+def test_a_row_of_nan_stays_within_bounds() -> None:
+    """Empty slots may hold anything: no token outside the vocabulary, nothing read out of bounds (5,000 is 39 blocks and a part of one)."""
+    logits = values(3, 5000)
+    logits[1:] = torch.nan
+    keys, positions = torch.arange(3, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    for noise in (True, False):
+        token, _ = kernels.sample(logits, 1.0, noise, keys, positions)
+        assert bool(((token >= 0) & (token < 5000)).all())
 
 
 @pytest.mark.parametrize("forced", [False, True])

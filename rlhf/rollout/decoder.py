@@ -220,8 +220,9 @@ class LeanDecoder:
             "head": [self.head],
         }
         best: dict[str, dict[int, int]] = {}
+        stream = torch.cuda.Stream()
         for kind, matrices in kinds.items():
-            seconds = {batch: _product_seconds(matrices, batch) for batch in batches}
+            seconds = {batch: _product_seconds(matrices, batch, stream) for batch in batches}
             fastest = {b: min((c for c in batches if b <= c <= 2 * b), key=seconds.__getitem__) for b in batches}
             # Only a gain beyond the noise of the clock is worth more rows.
             best[kind] = {b: c if seconds[c] < 0.98 * seconds[b] else b for b, c in fastest.items()}
@@ -247,12 +248,12 @@ class LeanDecoder:
 _NO_ROWS = {"qkv": 0, "o": 0, "gate_up": 0, "down": 0, "head": 0}
 
 
-def _product_seconds(matrices: list[Tensor], rows: int) -> float:
+def _product_seconds(matrices: list[Tensor], rows: int, stream: torch.cuda.Stream) -> float:
     """Seconds of x @ W.T for all W, [rows, K] each; from a graph, because the host cannot launch small products as fast as they run."""
     x = torch.randn(rows, matrices[0].shape[1], dtype=matrices[0].dtype, device=matrices[0].device)
     F.linear(x, matrices[0])
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for matrix in matrices:
             F.linear(x, matrix)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -6,6 +6,7 @@ prompts enter, when to make room) from looks at the device that lag one block of
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,12 @@ class HybridEngine:
         """config: the actor's architecture. decode_text: token ids -> text, for stop texts.
 
         Raises ValueError that names the architecture if neither decoder computes it exactly."""
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            if device.index != torch.cuda.current_device():
+                raise ValueError(
+                    f"rollout on {device}: kernels launch on the current device, {torch.cuda.current_device()}; call torch.cuda.set_device"
+                )
         self.config, self.settings, self.device, self.dtype = config, settings, device, dtype
         self.pad_token_id, self.beat, self.decode_text = pad_token_id, beat, decode_text
         self.eos = torch.tensor(sorted(eos_token_ids), device=device)
@@ -117,6 +124,7 @@ class HybridEngine:
         self._pool: DeviceBuffer | None = None
         self._wrong: Tensor | None = None
         self._warm = False
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None  # for copies beside the decoding
         self._decoder: Decoder | None = None
         self._loop: DecodeLoop | None = None
         self._outputs: Outputs | None = None
@@ -173,8 +181,13 @@ class HybridEngine:
         """Cache, state and graphs for calls of up to `rows` rows, `max_context` tokens, `window` response tokens. Kept while they suffice."""
         s = self.settings
         max_context = max(max_context, s.max_context)
-        if self._pool is not None:
-            self._pool.restore()
+        if not self._storage.mapped:
+            raise RuntimeError("the rollout's weights were released: load_weights or take_over comes first")
+        if self._pool is not None and not self._pool.mapped:
+            try:
+                self._pool.restore()
+            except torch.OutOfMemoryError:  # training has taken more since it was sized: size it anew
+                self._loop = self._outputs = self._pool = None
         loop, cuda = self._loop, self.device.type == "cuda"
         if loop is None or max_context > loop.max_context:
             self._loop = self._outputs = self._pool = loop = None
@@ -221,7 +234,7 @@ class HybridEngine:
         logits = loop.decoder.forward(torch.zeros(2, dtype=torch.int64, device=self.device), step.positions, step, step.last)
         none = torch.zeros(1, dtype=torch.int64, device=self.device)
         assert logits is not None
-        kernels.sample(logits, 1.0, sampling.temperature > 0, none, none, none)
+        kernels.sample(logits, sampling.temperature or 1.0, sampling.temperature > 0, none, none, none)
         self._warm = True
 
     def _pages(self, max_context: int, page_bytes: int) -> int:
@@ -283,7 +296,13 @@ class HybridEngine:
         rows = len(prompts) * group_size
         self.prepare(longest + sampling.max_new_tokens, rows, sampling.max_new_tokens, sampling, forced is not None)
         call = _Call(self, prompts, draws, group_size, sampling, take, most, limits, forced, on_finished)
-        call.run()
+        switch = sys.getswitchinterval()
+        try:
+            if on_finished is not None:  # whoever scores in a thread must not keep this one from launching
+                sys.setswitchinterval(1e-4)
+            call.run()
+        finally:
+            sys.setswitchinterval(switch)
         return call.rollout()
 
 
@@ -351,7 +370,7 @@ class _Call:
         self.checked: dict[int, int] = {}  # row -> response tokens that were searched for stop texts
         self.stopped: dict[int, int] = {}  # row -> response tokens, ended by a stop text
         self.told: set[int] = set()
-        self.side = torch.cuda.Stream() if self.cuda else None
+        self.side = engine.side
 
     def _enqueue(self, prompts: Iterable[int]) -> None:
         """Equal prompts wait together: one prefill serves them all."""
@@ -497,7 +516,7 @@ class _Call:
             if waiting.held:
                 self.waiting.remove(waiting)
                 self.waiting += (_Waiting(waiting.ids, [r], tokens=1) for r in waiting.rows)
-                self.cache.release(torch.tensor([self.cache.holder], device=self.device))
+                self.cache.release(self.cache.holder_index)
                 self._consider(self._look())
 
     # ----------------------------------------------------------------------------------------------------------- admission
@@ -566,7 +585,7 @@ class _Call:
                 full, partial = divmod(waiting.length, cache.page_size)
                 cache.share(cache.holder, range(slot, slot + len(rows)), full, partial > 0)
                 if not waiting.rows:
-                    cache.release(torch.tensor([cache.holder], device=self.device))
+                    cache.release(cache.holder_index)
         if fresh:
             numbered, copies = self._pages_for(fresh)
             self._prefill(fresh)
@@ -648,13 +667,13 @@ class _Call:
             rows += group
             source += [i] * len(group)
             if self.out.seen is not None:
-                self.out.seen[torch.tensor(group)[:, None], torch.tensor(waiting.ids)[None]] = True
+                self.out.seen[upload(np.array(group), self.device)[:, None], upload(np.array(waiting.ids), self.device)[None]] = True
         for start in range(0, len(rows), FIRST_ROWS):
             self._first(rows[start : start + FIRST_ROWS], source[start : start + FIRST_ROWS], logits)
 
     def _first(self, rows: list[int], source: list[int], logits: Tensor) -> None:
         """The first token of each row, from its prompt's logits."""
-        (r, which), out, eos = upload(np.array([rows, source]), self.device), self.out, self.engine.eos
+        r, which, out, eos = upload(np.array(rows), self.device), upload(np.array(source), self.device), self.out, self.engine.eos
         zeros = torch.zeros_like(r)
         token, logprob = draw_tokens(
             logits, self.sampling, r, self.keys[r], zeros, zeros + self.sampling.min_new_tokens, eos, out, which
@@ -699,7 +718,8 @@ class _Call:
         else:
             with torch.cuda.stream(self.side):
                 index = torch.tensor(fresh, device=self.device)
-                ids, lengths = self.out.ids[index].cpu(), self.out.lengths[index].cpu()
+                lengths = self.out.lengths[index].cpu()
+                ids = self.out.ids[index, : int(lengths.max())].cpu()
         for r, row_ids, n in zip(fresh, ids.tolist(), lengths.tolist(), strict=True):
             self.on_finished(r, row_ids[: self.stopped.get(r, n)])
 

@@ -194,7 +194,7 @@ class AttentionWorkspace:
 
 def attention_splits(batch: int, kv_heads: int, max_context: int, processors: int = 132) -> int:
     """Most programs that share one context: enough to fill the device with few rows, and to even out long ones among many."""
-    return max(1, min(-(-max_context // SPLIT_TOKENS), max(8, -(-4 * processors // (batch * kv_heads)))))
+    return max(1, min(-(-max_context // SPLIT_TOKENS), 32, max(8, -(-4 * processors // (batch * kv_heads)))))
 
 
 def attention_workspace(batches: list[int], heads: int, kv_heads: int, dim: int, max_context: int, device: torch.device) -> AttentionWorkspace:
@@ -278,9 +278,12 @@ def _paged_attention(
         factor = scale * 1.4426950408889634
         blocks = tl.cdiv(end_at - start_at, BN)
         # From the end to the beginning, as flash attention does in the training forward: probabilities are rounded against the same running maximum.
-        for step in range(0, blocks):
+        for step in range(blocks):
             at = start_at + (blocks - 1 - step) * BN + j
-            page = tl.load(TABLE + row * width + at // PAGE, mask=at < end_at, other=0).to(tl.int64)
+            if PAGE % BN == 0:  # a block lies in one page
+                page = tl.load(TABLE + row * width + (start_at + (blocks - 1 - step) * BN) // PAGE).to(tl.int64)
+            else:
+                page = tl.load(TABLE + row * width + at // PAGE, mask=at < end_at, other=0).to(tl.int64)
             where = (page * PAGE + at % PAGE) * (HK * D) + head * D
             seen = at < end_at
             if WINDOW:
@@ -288,14 +291,14 @@ def _paged_attention(
             k_source = KEYS + where[:, None] + i[None, :]
             k_low = tl.load(k_source, mask=seen[:, None] & inside[None, :], other=0.0)
             k_high = tl.load(k_source + D // 2, mask=seen[:, None] & inside[None, :], other=0.0)
-            x = tl.dot(high, tl.trans(k_high), tl.dot(low, tl.trans(k_low))) * factor
+            x = tl.dot(high, tl.trans(k_high), tl.dot(low, tl.trans(k_low), input_precision="ieee"), input_precision="ieee") * factor
             x = tl.where(seen[None, :], x, -1e30)
             larger = tl.maximum(top, tl.max(x, 1))
             p = tl.exp2(x - larger[:, None])
             shrink = tl.exp2(top - larger)
             total = total * shrink + tl.sum(p, 1)
             v = tl.load(VALUES + where[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             top = larger
         heads = head * G + g
         out = OUT + row * HQ * D + heads[:, None] * D + d[None, :]
@@ -437,7 +440,7 @@ def _mixed_key(KEY, NUMBER, row):
     return (mixed & 0xFFFFFFFF).to(tl.uint32), ((mixed >> 32) & 0xFFFFFFFF).to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["vocabulary", "stride", "parts"])
+@triton.jit(do_not_specialize=["parts"])
 def _sample_parts(
     LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, temperature, vocabulary, parts,
     BLOCKS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
@@ -457,17 +460,19 @@ def _sample_parts(
     total = tl.sum(tl.exp(x - most[:, None]), 1)
     top = tl.max(most, 0)
     out = row * parts + part
+    # Logits may be NaN where nobody is (an empty slot), and should a model diverge: nothing may be read out of bounds then.
     tl.store(TOP + out, top)
     tl.store(SUM + out, tl.sum(total * tl.exp(most - top), 0))
     value = most
     if NOISE:
         low, high = _mixed_key(KEY, NUMBER, row)
         value = most + tl.log(total) + _gumbel(block.to(tl.uint32) + 0x80000000, low, high)
+    value = tl.where(value == value, value, -float("inf"))
     tl.store(BEST + out, tl.max(value, 0))
     tl.store(WHERE + out, part * BLOCKS + tl.argmax(value, 0))
 
 
-@triton.jit(do_not_specialize=["vocabulary", "stride", "parts"])
+@triton.jit(do_not_specialize=["parts"])
 def _sample_merge(
     LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, TOKEN, LOGPROB, temperature, vocabulary, parts,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
@@ -477,8 +482,8 @@ def _sample_merge(
         tl.extra.cuda.gdc_wait()
     i = tl.arange(0, PARTS)
     inside = i < parts
-    winner = tl.argmax(tl.load(BEST + row * parts + i, mask=inside, other=-float("inf")), 0)
-    block = tl.load(WHERE + row * parts + winner)
+    winner = tl.minimum(tl.argmax(tl.load(BEST + row * parts + i, mask=inside, other=-float("inf")), 0), parts - 1)
+    block = tl.minimum(tl.load(WHERE + row * parts + winner), (vocabulary - 1) // WIDTH)
     top = tl.load(TOP + row * parts + i, mask=inside, other=-1e38)
     most = tl.max(top, 0)
     total = tl.sum(tl.load(SUM + row * parts + i, mask=inside, other=0.0) * tl.exp(top - most), 0)
@@ -493,7 +498,7 @@ def _sample_merge(
     if NOISE:
         low, high = _mixed_key(KEY, NUMBER, row)
         value = x + _gumbel(token.to(tl.uint32), low, high)
-    place = tl.argmax(value, 0)
+    place = tl.minimum(tl.argmax(tl.where(value == value, value, -float("inf")), 0), vocabulary - 1 - block * WIDTH)
     chosen = tl.sum(tl.where(tl.arange(0, WIDTH) == place, x, 0.0), 0)
     tl.store(TOKEN + row, (block * WIDTH + place).to(tl.int64))
     tl.store(LOGPROB + row, chosen - most - tl.log(total))

@@ -161,6 +161,8 @@ class DecodeLoop:
         self._captured: dict[tuple[int, Sampling, int], torch.cuda.CUDAGraph] = {}
         self._pool: tuple[int, int] | None = None
         if self.device.type == "cuda":
+            # A stream of this loop alone: cuBLAS keeps a workspace for each, and a graph that dies takes that of its stream along (pytorch#193402).
+            self._stream = torch.cuda.Stream()
             shape = cache.shape
             self.workspace = kernels.attention_workspace(self.sizes, decoder.heads, shape.kv_heads, shape.head_dim, max_context, self.device)
 
@@ -202,13 +204,12 @@ class DecodeLoop:
             key = (batch, _shape(sampling), id(out))
             if key in self._captured:
                 continue
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 self._eager(batch, sampling, out)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 self._eager(batch, sampling, out)
             self._pool = self._pool or graph.pool()
             self._captured[key] = graph

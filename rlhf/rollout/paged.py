@@ -50,6 +50,7 @@ class PagedCache:
         self.shape, self.pool, self.device = shape, pool, device
         self.pages, self.page_size = pool.shape[2], pool.shape[3]
         self.holder = slots
+        self.holder_index = torch.tensor([slots], device=device)
         width = -(-max_context // self.page_size)
         self.table = torch.zeros(slots + 1, width, dtype=torch.int32, device=device)
         self.held = torch.zeros(slots + 1, dtype=torch.int32, device=device)  # pages in each slot's row of the table
@@ -63,6 +64,7 @@ class PagedCache:
         self.held.zero_()
         self.references.zero_()
         self.references[0] = 1
+        self.pool[:, :, 0].zero_()  # empty slots read there, and fresh memory may hold anything
         self._recount()
 
     def _recount(self) -> None:
@@ -219,7 +221,7 @@ class PrefillStep(Step):
         self._continues = bool(start.any())
         self._context, self._longest = int(end.max()), int(lengths.max())
         # What the flash kernel takes; the rest goes sequence by sequence.
-        self._flash = device.type == "cuda" and cache.pool.dtype != torch.float32 and cache.shape.head_dim % 8 == 0
+        self._flash = device.type == "cuda" and cache.pool.dtype != torch.float32 and cache.shape.head_dim % 8 == 0 and cache.shape.head_dim <= 256
         if self._flash:
             self._queries, self._keys = (upload(np.concatenate([[0], n.cumsum()]).astype(np.int32), device) for n in (lengths, end))
             if self._continues:  # cache index of every token of every context
