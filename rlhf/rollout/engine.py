@@ -251,7 +251,7 @@ class HybridEngine:
             return wanted
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(self.device)[0]
+            free = torch.cuda.mem_get_info(self.device)[0] - self._working_bytes()
         else:
             import psutil
 
@@ -263,6 +263,14 @@ class HybridEngine:
                 f"{least * page_bytes / 2**30:.1f}: lower rollout.max_new_tokens or data.max_prompt_tokens"
             )
         return pages
+
+    def _working_bytes(self) -> int:
+        """Roughly what the largest prefill and the logits of a step take beside the cache."""
+        text: Any = self.config.get_text_config()
+        hidden = text.hidden_size
+        inner = getattr(text, "intermediate_size", None) or 4 * hidden
+        prefill = self.settings.prefill_tokens * (3 * inner + 4 * hidden) * self.dtype.itemsize
+        return prefill + max(self.settings.max_batch, FIRST_ROWS) * text.vocab_size * (4 + self.dtype.itemsize)
 
     # ---------------------------------------------------------------------------------------------------------- generate
 
