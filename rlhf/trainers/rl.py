@@ -176,7 +176,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 # Models
 
 
-def build_models(run: Run, max_context: int) -> Models:
+def build_models(run: Run, max_context: int = 0) -> Models:
     """Load all roles, each under its own DeepSpeed settings. (collective)"""
     config, world = run.config, run.world
     assert config.train.steps is not None and config.actor.path is not None
