@@ -229,6 +229,9 @@ class RewardComponentConfig(Section):
 class RewardConfig(Section):
     components: Annotated[list[RewardComponentConfig], BeforeValidator(_listed)] = Field(default_factory=list, description="weighted sum of these")
     clip: float | None = Field(None, gt=0, description="clamp of the sum to [-clip, clip]")
+    while_decoding: bool = Field(
+        True, description="functions score responses as they end, in calls of any size; false: one call on each rank, when all have ended"
+    )
     missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a response that never ends")
 
 

@@ -109,7 +109,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         timer.start_step()
         draws = sampler.next(config.rollout.prompts)
         with timer.phase("gen"):
-            early = models.rewards.early()  # functions score what has ended while the rest is decoded
+            early = models.rewards.early() if config.reward.while_decoding else None  # functions score what has ended while the rest is decoded
             local = share_out(
                 models.hybrid_engine, [prompts[d.row] for d in draws], [d.draw for d in draws], sampling(config), config, world, early=early
             )
@@ -118,7 +118,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
                 models.hybrid_engine.release()
             rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
         with timer.phase("reward"):
-            early.finish()
+            if early is not None:
+                early.finish()
             scores = models.rewards.score(rollout, early)  # (collective)
 
         lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
