@@ -6,6 +6,7 @@ prompts enter, when to make room) from looks at the device that lag one block of
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -199,9 +200,6 @@ class HybridEngine:
             pages = self._pages(max_context, shape.page_bytes(s.page_size, self.dtype))
             size = (shape.layers, 2, pages, s.page_size, shape.kv_heads, shape.head_dim)
             self._pool = DeviceBuffer(pages * shape.page_bytes(s.page_size, self.dtype), self.device)
-            # Beyond a row's tokens nothing is read on a GPU; on CPU it is, with weight zero, and zero times garbage may be NaN.
-            if not cuda:
-                self._pool.tensor.zero_()
             cache = PagedCache(shape, self._pool.tensor.view(self.dtype).view(size), s.max_batch, max_context)
             self._loop = loop = DecodeLoop(
                 decoder, cache, Slots.empty(s.max_batch, self.device), self.eos, s.max_batch, max_context, s.cuda_graphs
@@ -255,7 +253,7 @@ class HybridEngine:
         else:
             import psutil
 
-            free = psutil.virtual_memory().available // 2
+            free = psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         pages = min(wanted, int(free * s.memory_fraction) // page_bytes)
         if pages < least:
             raise ValueError(

@@ -92,7 +92,7 @@ class DeviceBuffer:
     def __init__(self, size: int, device: torch.device):
         self._mapping: _Mapping | None = None
         if device.type != "cuda":
-            self.tensor = torch.empty(size, dtype=torch.uint8, device=device)
+            self.tensor = torch.zeros(size, dtype=torch.uint8, device=device)  # pages of it cost memory once they are written to
             return
         self._mapping = _Mapping(size, device)
         self._mapping.map()

@@ -31,6 +31,9 @@ def upload(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+CPU_ROWS = 4  # rows whose keys and values are gathered together on CPU: more do not fit into its cache
+
+
 @dataclass(frozen=True)
 class CacheShape:
     layers: int
@@ -164,21 +167,40 @@ class DecodeStep(Step):
     def __init__(self, cache: PagedCache, slots: Tensor, positions: Tensor, splits: int = 1, workspace: kernels.AttentionWorkspace | None = None):
         super().__init__(cache, slots, positions)
         self.splits, self.workspace = splits, workspace
-        if cache.device.type == "cpu":  # what all layers share: which pages, and which of their tokens count
-            self._used = cache.table[: len(slots), : int(positions.max()) // cache.page_size + 1].long()
-            self._column = torch.arange(self._used.shape[1] * cache.page_size)
+        if cache.device.type == "cpu":  # what all layers share: the rows by length, a few at a time so that what is gathered stays in the cache
+            order = positions.argsort()
+            self._back = order.argsort()
+            counts = positions[order] // cache.page_size + 1
+            self._parts = [
+                (rows, cache.table[rows, : int(pages[-1])].flatten().long())
+                for rows, pages in zip(order.split(CPU_ROWS), counts.split(CPU_ROWS), strict=True)
+            ]
+            self._masks: dict[int | None, list[Tensor]] = {}  # by window
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> list[Tensor]:
+        """To be added to the scores of each part: [rows, 1, 1, context]."""
+        if window not in self._masks:
+            self._masks[window] = []
+            for rows, pages in self._parts:
+                column, position = torch.arange(len(pages) // len(rows) * self.cache.page_size), self.positions[rows, None]
+                unseen = column > position
+                if window is not None:
+                    unseen |= column <= position - window
+                self._masks[window].append(torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)[:, None, None])
+        return self._masks[window]
 
     def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
         """q: [B, heads, head_dim] -> the same"""
         if self.workspace is not None:
             heads = q.shape[1]
             return self._kernel(layer, q.reshape(len(q), -1), heads, scale, window, None)
-        k, v = (part[self._used].flatten(1, 2).transpose(1, 2) for part in self.cache.pool[layer])  # [B, kv_heads, context, head_dim]
-        seen = self._column <= self.positions[:, None]
-        if window is not None:
-            seen &= self._column > self.positions[:, None] - window
-        out = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True)
-        return out.squeeze(2)
+        # The query heads that share a key head stand as its queries, so that it is read once.
+        kv_heads, dim = self.cache.shape.kv_heads, q.shape[2]
+        grouped, done = q.reshape(len(q), kv_heads, -1, dim), []
+        for (rows, pages), mask in zip(self._parts, self._mask(window, q.dtype), strict=True):
+            k, v = (part.index_select(0, pages).view(len(rows), -1, kv_heads, dim).transpose(1, 2) for part in self.cache.pool[layer])
+            done.append(F.scaled_dot_product_attention(grouped[rows], k, v, mask.expand(-1, -1, grouped.shape[2], -1), scale=scale))
+        return torch.cat(done)[self._back].reshape(q.shape)
 
     def rotate_and_attend(
         self, layer: int, qkv: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation, rows: int
