@@ -3,8 +3,8 @@
     deepspeed --num_gpus 1 scripts/bench_handover.py --shape 1.5B
     deepspeed --num_gpus 2 scripts/bench_handover.py --shape 7B [--lora 64]
 
-Random weights in bf16, a real optimizer step on a small batch before every hand-over. One JSON line from rank 0 with the median of the runs, of each the
-slowest rank's. --compare: beside it the same through DeepSpeed's GatheredParameters, group by group.
+Random weights in bf16, a real optimizer step on a small batch before every hand-over. One JSON line from rank 0 with the median of the runs, of each
+the slowest rank's. --compare: beside it the same through DeepSpeed's GatheredParameters, group by group.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python scripts/bench_parity.py --model models/smollm2-135m-instruct
 
-Samples from a real model at temperature 1, scores every response with the trainer's scoring forward (transformers, sdpa) in the same dtype. Two sets of
-prompts: small sums after a worked example (peaked distributions), and free text. JSON lines: mean, 99.9th percentile and largest |difference|; the
+Samples from a real model at temperature 1, scores every response with the trainer's scoring forward (transformers, sdpa) in the same dtype. Two sets
+of prompts: small sums after a worked example (peaked distributions), and free text. JSON lines: mean, 99.9th percentile and largest |difference|; the
 share of samples whose tokens are the same with another batch limit and another order of prompts.
 """
 
