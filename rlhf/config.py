@@ -392,6 +392,10 @@ class Config(Section):
             need(self.train.steps is not None, "train.steps: give the number of rollout steps")
             need(bool(self.reward.components), "reward.components: give at least one function or model")
             need(any(c.weight for c in self.reward.components), "reward.components: every weight is 0, nothing would be learnt")
+            need(
+                not (self.deterministic and self.rollout.balance == "queue"),
+                "rollout.balance=queue: which rank takes which prompt depends on timing, so bits may too; with deterministic=true use plan or auto",
+            )
             labels = [c.label for c in self.reward.components]
             twice = next((name for name in labels if labels.count(name) > 1), None)
             need(twice is None, f"reward.components: two are called {twice}, so their metrics would be one; give each a `name`")
@@ -588,12 +592,13 @@ def read_deepspeed(source: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
 _HYBRID_ENGINE = {"enabled", "max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters", "tp_gather_partition_size"}
 
 
-def hybrid_engine_words(source: str | dict[str, Any]) -> dict[str, Any]:
-    """The block `hybrid_engine` of a DeepSpeed JSON, which DeepSpeed-Chat's users know, as this engine's settings: {"max_context", "release"}.
+def hybrid_engine_words(config: Config) -> dict[str, Any]:
+    """The block `hybrid_engine` of the actor's DeepSpeed JSON, known from DeepSpeed-Chat, as this engine's settings: {"max_context", "release"}.
 
-    pin_parameters and tp_gather_partition_size have nothing to set here: weights are gathered in one pass and keep their place. ValueError for what
-    cannot be had."""
-    tree, origin = read_deepspeed(source)
+    pin_parameters and tp_gather_partition_size have nothing to set here: weights are gathered in one pass and keep their place. ValueError for
+    what cannot be had.
+    """
+    tree, origin = read_deepspeed(config.deepspeed if config.actor.deepspeed is None else config.actor.deepspeed)
     block = tree.get("hybrid_engine", {})
     if not isinstance(block, dict):
         raise ValueError(f"{origin}: `hybrid_engine` must be an object")

@@ -39,7 +39,7 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         read_architecture(role, name)
         role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
     if config.task == "rl":
-        hybrid_engine_words(config.deepspeed)
+        hybrid_engine_words(config)
         refuse_unsupported(read_architecture(config.actor, "actor"), config.rollout.max_new_tokens)
         _check_tokenizers(config)
         for component in config.reward.components:

@@ -19,6 +19,7 @@ from rlhf.config import (
     LoraConfig,
     TrainedModelConfig,
     flat_keys,
+    hybrid_engine_words,
     load_config,
     parse_config,
     read_deepspeed,
@@ -282,6 +283,40 @@ def test_the_users_tree_is_not_changed_and_unowned_autos_are_dropped() -> None:
     assert json.dumps(tree) == before
     assert "reduce_bucket_size" not in resolved["zero_optimization"]
     assert "hybrid_engine" not in resolved
+
+
+def with_engine_block(block: Any, **more: Any) -> Config:
+    return parse_config({**yaml.safe_load(RECIPE), "deepspeed": {"hybrid_engine": block}, **more})
+
+
+def test_the_hybrid_engine_block_is_read_as_words_for_our_engine() -> None:
+    """DeepSpeed-Chat's keys; the actor's own JSON comes before the one for all roles."""
+    every = {"enabled": True, "max_out_tokens": 512, "inference_tp_size": 1, "release_inference_cache": True, "pin_parameters": True}
+    every["tp_gather_partition_size"] = 8
+    assert hybrid_engine_words(with_engine_block(every)) == {"max_context": 512, "release": True}
+    assert hybrid_engine_words(with_engine_block({})) == {"max_context": 0, "release": False}
+    actor = {**yaml.safe_load(RECIPE)["actor"], "deepspeed": {"hybrid_engine": {"max_out_tokens": 64}}}
+    assert hybrid_engine_words(with_engine_block(every, actor=actor)) == {"max_context": 64, "release": False}
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"enabled": False}, "`hybrid_engine.enabled` is False.*set it to true or remove the block"),
+        ({"inference_tp_size": 2}, "`hybrid_engine.inference_tp_size` is 2.*set it to 1"),
+        ({"max_out_tokens": "many"}, "`hybrid_engine.max_out_tokens` is 'many'"),
+        ({"max_out_token": 5}, "`hybrid_engine.max_out_token` is unknown; known: .*max_out_tokens"),
+        ([], "`hybrid_engine` must be an object"),
+    ],
+)
+def test_what_the_hybrid_engine_cannot_do_is_refused(block: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hybrid_engine_words(with_engine_block(block))
+
+
+def test_a_deterministic_run_has_no_queue() -> None:
+    with pytest.raises(ValueError, match=r"rollout.balance=queue.*use plan or auto"):
+        parse_config({**yaml.safe_load(RECIPE), "deterministic": True, "rollout": {"balance": "queue"}})
 
 
 def test_unreadable_deepspeed_files(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,15 +33,17 @@ from transformers.generation import (
 )
 
 import rlhf.rollout.engine as engine_module
+from rlhf.config import parse_config
 from rlhf.models.forward import response_logprobs
 from rlhf.models.loading import eos_token_ids, load_tokenizer
-from rlhf.rollout import HybridEngine
+from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import LeanDecoder
 from rlhf.rollout.engine import _Call, _Look, _Waiting
 from rlhf.rollout.generic import GenericDecoder
 from rlhf.rollout.loop import DecodeLoop
 from rlhf.rollout.paged import PrefillStep, Step
 from rlhf.rollout.sampler import row_keys, sample
+from rlhf.trainers.rl import check_lengths, engine_settings
 from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
 from tests.helpers import VOCABULARY, rollout_engine
 
@@ -737,3 +740,38 @@ def test_more_positions_than_the_model_has_are_refused() -> None:
     engine = rollout_engine(wide_model("gpt2"), ENDS)
     with pytest.raises(ValueError, match=r"gpt2.*128 positions"):
         engine.generate(wide_prompts(), list(range(9)), 1, Sampling(110))
+
+
+def test_the_recipe_reaches_the_engine(models: Path) -> None:
+    """`deterministic` most of all: no kernel may then be chosen by a clock, no size by free memory."""
+    recipe = {
+        "task": "rl",
+        "run_dir": "x",
+        "actor": {"path": str(models / "llama")},
+        "reward": {"components": {"function": "exact_match"}},
+        "data": {"train": {"path": "x.jsonl"}},
+        "train": {"steps": 1},
+        "rollout": {"max_batch": 3, "cache_tokens": 640, "memory_fraction": 0.25, "prefill_tokens": 99, "max_new_tokens": 8},
+        "deepspeed": {"hybrid_engine": {"max_out_tokens": 12}},
+    }
+    config = parse_config({**recipe, "deterministic": True})
+    assert engine_settings(config, 77) == EngineSettings(
+        max_batch=3, max_context=77, cache_tokens=640, memory_fraction=0.25, prefill_tokens=99, deterministic=True
+    )  # fmt: skip
+    assert not engine_settings(parse_config(recipe), 77).deterministic
+    assert check_lengths(config, [Prompt([4] * 4, "", "test")], []) == 12
+    with pytest.raises(ValueError, match=r"training prompt has 5 tokens.*hybrid_engine.max_out_tokens=12"):
+        check_lengths(config, [Prompt([4] * 5, "", "test")], [])
+
+
+def test_a_deterministic_cache_is_whole_or_refused(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    small = rollout_engine(load("llama"), EOS, max_batch=64, page_size=4)
+    small.generate(some_prompts(2), [0, 1], 1, SAMPLING)  # fewer pages, the same tokens
+    with pytest.raises(ValueError, match=r"deterministic=true.*rollout.cache_tokens"):
+        rollout_engine(load("llama"), EOS, max_batch=64, page_size=4, deterministic=True).generate(some_prompts(2), [0, 1], 1, SAMPLING)
+
+
+def test_stop_texts_need_a_way_to_text(load: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match="decode_text"):
+        rollout_engine(load("llama"), EOS).generate(some_prompts(1), [0], 1, Sampling(4, stop=("x",)))

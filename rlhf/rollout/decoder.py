@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlhf.rollout import kernels
-from rlhf.rollout.paged import CacheShape, DecodeStep, Step
+from rlhf.rollout.paged import CacheShape, DecodeStep, PrefillStep, Step
 from rlhf.rollout.weights import Slice
 
 LEAN_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -186,6 +186,7 @@ class LeanDecoder:
                 rotation = kernels.Rotation(self.cos, self.sin, layer.q_norm, layer.k_norm, self.eps)
                 mixed = step.rotate_and_attend(index, qkv, self.heads, self.scale, layer.window, rotation, rows["o"])
             else:
+                assert isinstance(step, PrefillStep)
                 kernels.rope_and_cache(
                     qkv, self.cos, self.sin, step.positions, step.slots, step.cache.table, step.cache.pool[index],
                     self.heads, self.shape.kv_heads, layer.q_norm, layer.k_norm, self.eps,

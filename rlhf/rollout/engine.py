@@ -1,7 +1,8 @@
 """The hybrid engine: generation inside the training program, on the training weights.
 
-`load_weights` is the only collective call. `generate` runs on each rank alone, for as long as its own sequences take. The host plans (which
-prompts enter, when to make room) from looks at the device that lag one block of steps behind; the device decides everything about tokens.
+`load_weights` and `take_over` are the only collective calls. `generate` runs on each rank alone, for as long as its own sequences take. The host
+plans (which prompts enter, when to make room) from looks at the device that lag one block of steps behind; the device decides everything about
+tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class EngineSettings:
     prefill_tokens: int = 16_384  # most prompt tokens in one forward
     look_every: int = 8  # decode steps between looks of the host (1 on CPU)
     cuda_graphs: bool = True
-    tune: bool = True  # time products at start and pick the fastest kernels; off where every bit must come out the same on each start
+    deterministic: bool = False  # no size and no kernel depends on free memory or on a clock
 
 
 @dataclass
@@ -217,7 +218,7 @@ class HybridEngine:
             )
         if cuda and s.cuda_graphs:
             most = loop.batch_for(min(rows, s.max_batch))
-            if s.tune and isinstance(loop.decoder, LeanDecoder) and not loop.decoder.tuned:
+            if not s.deterministic and isinstance(loop.decoder, LeanDecoder) and not loop.decoder.tuned:
                 loop.decoder.tune(loop.sizes)
             loop.capture([b for b in loop.sizes if b <= most], sampling, self._outputs, self.beat)
             self._first_prefill(sampling)
@@ -241,7 +242,7 @@ class HybridEngine:
         wanted = -(-s.cache_tokens // s.page_size) + 1 if s.cache_tokens else (s.max_batch + 1) * -(-max_context // s.page_size) + 1
         if not s.cache_tokens:
             wanted = max(wanted, least)
-        if s.cache_tokens and wanted < least:
+        elif wanted < least:
             raise ValueError(
                 f"rollout.cache_tokens={s.cache_tokens}: one sequence of {max_context} tokens needs at least {(least - 1) * s.page_size}"
             )
@@ -255,6 +256,12 @@ class HybridEngine:
 
             free = psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         pages = min(wanted, int(free * s.memory_fraction) // page_bytes)
+        if s.deterministic and pages < wanted:
+            raise ValueError(
+                f"rollout: a KV cache for {s.max_batch} sequences of {max_context} tokens needs {wanted * page_bytes / 2**30:.1f} GiB, "
+                f"{free * s.memory_fraction / 2**30:.1f} are to be had, and with deterministic=true its size may not depend on that: set "
+                "rollout.cache_tokens, or lower rollout.max_batch"
+            )
         if pages < least:
             raise ValueError(
                 f"rollout: {free / 2**30:.1f} GiB are free for the KV cache, and one sequence of {max_context} tokens needs "
@@ -290,9 +297,11 @@ class HybridEngine:
 
         draws: global draw index of each prompt, which with the sample's index decides its noise. take: index of the next prompt for this rank,
         None when there are no more (ranks share a queue); the rollout then has the prompts that were taken. most: rows in flight, so that a
-        rank leaves some to the others. limits: most response tokens, and
-        forced: exact response tokens (for measurements), of each row. on_finished(row, response ids) hears of every row once, as it ends.
+        rank leaves some to the others. limits: most response tokens, and forced: exact response tokens (for measurements), of each row.
+        on_finished(row, response ids) hears of every row once, as it ends. ValueError where stop texts are asked of an engine without `decode_text`.
         """
+        if sampling.stop and self.decode_text is None:
+            raise ValueError("stop texts need decode_text (token ids -> text), which this engine was made without")
         if not prompts:
             return _assemble([], torch.zeros(0, dtype=torch.int64), [], None, sampling, self.pad_token_id)
         if self._wrong is not None and int(self._wrong):

@@ -158,7 +158,7 @@ class DecodeLoop:
         self.workspace: kernels.AttentionWorkspace | None = None
         self.graphs = graphs and self.device.type == "cuda"
         self.sizes = batch_sizes(max_batch)
-        self._captured: dict[tuple[int, Sampling, int], torch.cuda.CUDAGraph] = {}
+        self._captured: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
         self._pool: tuple[int, int] | None = None
         if self.device.type == "cuda":
             # A stream of this loop alone: cuBLAS keeps a workspace for each, and a graph that dies takes that of its stream along (pytorch#193402).
@@ -175,7 +175,7 @@ class DecodeLoop:
         if not self.graphs:
             self._eager(batch, sampling, out)
             return
-        key = (batch, _shape(sampling), id(out))
+        key = (batch, _shape(sampling))
         if key not in self._captured:
             self.capture([batch], sampling, out)
         self._captured[key].replay()
@@ -201,7 +201,7 @@ class DecodeLoop:
         live = self.state.live.clone()
         self.state.live.zero_()
         for batch in sorted(batches, reverse=True):
-            key = (batch, _shape(sampling), id(out))
+            key = (batch, _shape(sampling))
             if key in self._captured:
                 continue
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -217,5 +217,6 @@ class DecodeLoop:
         self.state.live.copy_(live)
 
     def forget_graphs(self) -> None:
+        """Before outputs of another address are used: the graphs hold the old one."""
         self._captured.clear()
         self._pool = None

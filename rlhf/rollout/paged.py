@@ -8,6 +8,7 @@ Layouts after vLLM's (Kwon et al. 2023, arXiv:2309.06180): pool [layer, k or v, 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -137,7 +138,7 @@ class PagedCache:
             self.held[needs] += 1
 
 
-class Step:
+class Step(ABC):
     """What attention needs to know of one forward over n tokens. The models call `write`, then `attend`, once per layer."""
 
     def __init__(self, cache: PagedCache, slots: Tensor, positions: Tensor):
@@ -154,11 +155,9 @@ class Step:
         self.cache.pool[layer, 0].view(-1, *k.shape[1:])[target] = k
         self.cache.pool[layer, 1].view(-1, *v.shape[1:])[target] = v
 
-    def written(self, k: Tensor, v: Tensor) -> None:
-        """The model has put this layer's k and v into the cache itself."""
-
+    @abstractmethod
     def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
-        raise NotImplementedError
+        """q: [n, heads, head_dim] -> the same: causal over what each token's sequence has in the cache; a window counts the token itself."""
 
 
 class DecodeStep(Step):
@@ -256,6 +255,7 @@ class PrefillStep(Step):
         self.written(k, v)
 
     def written(self, k: Tensor, v: Tensor) -> None:
+        """The model has put this layer's k and v into the cache itself."""
         self._new = (k, v)
 
     def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:

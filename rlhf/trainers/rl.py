@@ -91,7 +91,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         kl_controller.load_state_dict(run.state["kl_controller"])
 
     layout = weight_layout(models.actor.module)
-    release = config.rollout.release or hybrid_engine_words(config.deepspeed)["release"]
+    release = config.rollout.release or hybrid_engine_words(config)["release"]
 
     def hand_over() -> None:  # (collective)
         models.hybrid_engine.take_over(lambda weights: models.actor.gather_into(layout, weights))
@@ -216,6 +216,7 @@ def engine_settings(config: Config, max_context: int) -> EngineSettings:
         cache_tokens=r.cache_tokens,
         memory_fraction=r.memory_fraction,
         prefill_tokens=r.prefill_tokens,
+        deterministic=bool(config.deterministic),
     )
 
 
@@ -263,7 +264,7 @@ def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple
 
 def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> int:
     """The most tokens of any prompt with its response. ValueError if they would not fit the actor's positions, or what a DeepSpeed JSON allows."""
-    most, allowed = 0, hybrid_engine_words(config.deepspeed)["max_context"]
+    most, allowed = 0, hybrid_engine_words(config)["max_context"]
     positions = getattr(read_architecture(config.actor, "actor").get_text_config(), "max_position_embeddings", None)
     window = config.rollout.max_new_tokens
     for name, rows, new in (("training", prompts, window), ("validation", held_out, config.validation.max_new_tokens or window)):
