@@ -4,7 +4,8 @@
     deepspeed --num_gpus 2 scripts/bench_handover.py --shape 7B [--lora 64]
 
 Random weights in bf16, a real optimizer step on a small batch before every hand-over. One JSON line from rank 0 with the median of the runs, of each
-the slowest rank's. --compare: beside it the same through DeepSpeed's GatheredParameters, group by group.
+the slowest rank's. --compare: beside it the same through DeepSpeed's GatheredParameters, group by group. --switches N: enters and leaves the rollout
+phase N times with the memory of weights and KV cache given back in between, a decode step in each, and reports what that takes and what it leaks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rlhf.distributed import init_world
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.models.lora import add_adapters, weight_layout
 from rlhf.rollout import EngineSettings, HybridEngine
+from rlhf.types import Prompt, Sampling
 from scripts.workloads import SHAPES
 
 
@@ -53,7 +55,8 @@ def main(args: argparse.Namespace) -> None:
     if role.lora:
         module = add_adapters(module, role.lora, 0)
     actor = TrainEngine(module, role, settings, world, 100, 0, "actor")
-    rollout = HybridEngine(architecture, [0], 0, EngineSettings(max_batch=1, max_context=64), world.device, dtype)
+    sizes = EngineSettings(max_batch=args.max_batch, max_context=1280) if args.switches else EngineSettings(max_batch=1, max_context=64)
+    rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
     layout = weight_layout(actor.module)
     ids = torch.randint(0, architecture.vocab_size, (1, 16), device=world.device)
     case = f"{args.shape}-z{args.zero}x{world.size}" + ("-lora" if args.lora else "")
@@ -86,9 +89,38 @@ def main(args: argparse.Namespace) -> None:
             report = {"bench": name, "case": case, "metric": "ms", "value": round(statistics.median(times), 2), "all": [round(t, 2) for t in times]}
             print(json.dumps(report | {"gib": round(rollout.parameters * dtype.itemsize / 2**30, 2), "machine": machine}), flush=True)
 
+    def switches() -> None:
+        prompt, sampling = [Prompt([1], "", "bench")], Sampling(1)
+        spent: dict[str, list[float]] = {"enter": [], "leave": []}
+        used = []
+        for _ in range(args.switches):
+            step()
+            for way in spent:
+                synchronize()
+                started = time.perf_counter()
+                if way == "enter":
+                    rollout.take_over(lambda weights: actor.gather_into(layout, weights))
+                    rollout.prepare(1280, args.max_batch, 1024, Sampling(1024))
+                    if on_gpu:
+                        torch.cuda.synchronize()
+                else:
+                    rollout.release()
+                spent[way].append(max(world.gather_objects((time.perf_counter() - started) * 1000)))
+                if way == "enter":
+                    rollout.generate(prompt, [0], 1, sampling)
+            free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
+            used.append(total - free)
+        if world.is_main:
+            middle = {way: round(statistics.median(times[2:]), 2) for way, times in spent.items()}
+            line = {"bench": "switch", "case": case, "metric": "ms", "value": round(sum(middle.values()), 2), **middle, "first": round(spent["enter"][0])}
+            line |= {"switches": args.switches, "leaked_mib": round((used[-1] - used[2]) / 2**20, 1), "gib_between": round(used[-1] / 2**30, 1)}
+            print(json.dumps(line), flush=True)
+
     timed("handover", lambda: rollout.take_over(lambda weights: actor.gather_into(layout, weights)))
     if args.compare:
         timed("handover_gathered_parameters", lambda: rollout.load_weights(actor.full_tensors(layout)))
+    if args.switches:
+        switches()
     world.close()
 
 
@@ -99,5 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--switches", type=int, default=0)
+    parser.add_argument("--max_batch", type=int, default=512, help="of the rollout, with --switches")
     parser.add_argument("--local_rank", type=int, default=0, help="given by launchers")
     main(parser.parse_args())
