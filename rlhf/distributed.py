@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -97,26 +97,36 @@ class World:
         result[index] = gathered
         return result
 
-    def gather_shards(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """For each (whole [size * n], shard [n]): all ranks' shards, one behind the other, straight into `whole`. (collective)"""
-        if self.size == 1:
-            if pairs:
+    def gather_shards(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[range]:
+        """For each (whole [size * n], shard [n]): all ranks' shards, one behind the other, straight into `whole`. (collective)
+
+        Everything is under way on return; yields indices of `pairs` in groups, each once the current stream is made to wait for it, the host never.
+        """
+        if self.size == 1 or self.device.type == "cpu":
+            if self.size == 1 and pairs:
                 torch._foreach_copy_([whole for whole, _ in pairs], [shard for _, shard in pairs])  # type: ignore[attr-defined]
-            return
-        if self.device.type == "cpu":
-            for whole, shard in pairs:
-                dist.all_gather_into_tensor(whole, shard)
-            return
-        group: list[tuple[Tensor, Tensor]] = []
-        size = 0
-        for i, (whole, shard) in enumerate(pairs):  # many tensors to one launch: a small one alone does not fill the link
-            group.append((whole, shard))
+            else:
+                for whole, shard in pairs:
+                    dist.all_gather_into_tensor(whole, shard)
+            return iter([range(len(pairs))])
+        groups: list[tuple[range, Any]] = []
+        begin = size = 0
+        for i, (whole, _) in enumerate(pairs):  # many tensors to one launch: a small one alone does not fill the link
             size += whole.numel() * whole.element_size()
             if size >= 1 << 30 or i == len(pairs) - 1:
-                with dist._coalescing_manager(device=self.device):
-                    for out, part in group:
-                        dist.all_gather_into_tensor(out, part)
-                group, size = [], 0
+                with dist._coalescing_manager(device=self.device, async_ops=True) as work:
+                    for out, part in pairs[begin : i + 1]:
+                        dist.all_gather_into_tensor(out, part, async_op=True)
+                groups.append((range(begin, i + 1), work))
+                begin, size = i + 1, 0
+        return self._as_they_arrive(groups, pairs)
+
+    @staticmethod
+    def _as_they_arrive(groups: list[tuple[range, Any]], pairs: Any) -> Iterator[range]:
+        """Holds `pairs`, whose memory the transfers use, until the last has arrived."""
+        for indices, work in groups:
+            work.wait()
+            yield indices
 
     def beat(self) -> None:
         """Publish that this rank is making progress (no collective: a key in the store)."""

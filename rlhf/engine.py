@@ -194,51 +194,82 @@ def full_tensors(layout: Sequence[WeightSource], group_bytes: int = 256 << 20) -
 def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], world: World, turn: int) -> Tensor:
     """Write the plain model's tensors, adapters merged, to their places in `weights`, shards all-gathered straight into them. (collective)
 
-    Returns how many elements that this rank holds itself differ from what arrived, as a tensor that nobody has waited for; CHECKED tensors are
-    looked at, others each `turn` (trap 21). Raises RuntimeError if names or shapes do not cover `weights` exactly.
+    Adapters are merged into what has arrived while the rest is on its way. Returns how many elements that this rank can judge came out wrong, as a
+    tensor that nobody has waited for; CHECKED tensors are looked at, others each `turn` (trap 21). Raises RuntimeError if names or shapes do not
+    cover `weights` exactly.
     """
     shapes = {s.name: tuple(getattr(s.weight, "ds_shape", s.weight.shape)) for s in layout}
     if shapes != {name: tuple(view.shape) for name, view in weights.items()}:
-        wrong = sorted(set(shapes.items()) ^ {(name, tuple(view.shape)) for name, view in weights.items()})
-        raise RuntimeError(f"hand-over of weights: {wrong[:3]} of actor and rollout do not fit each other")
-    copies: list[tuple[Tensor, Tensor]] = []
-    gathers: list[tuple[Tensor, Tensor]] = []
-    padded: list[tuple[Tensor, Any]] = []
-    for source in layout:
-        view, parameter = weights[source.name], source.weight
-        shard = getattr(parameter, "ds_tensor", None)
-        if shard is None or parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
-            copies.append((view, parameter.detach()))
-        elif shard.numel() * world.size == view.numel() and shard.dtype == view.dtype:
-            gathers.append((view.view(-1), shard.to(world.device)))
-        else:
-            padded.append((view, parameter))
-    if copies:
-        torch._foreach_copy_([view for view, _ in copies], [tensor for _, tensor in copies])  # type: ignore[attr-defined]
-    world.gather_shards(gathers)
-    for start in range(0, len(padded), 32):
-        part = padded[start : start + 32]
-        with GatheredParameters([p for _, p in part]):
-            for view, parameter in part:
-                view.copy_(parameter.detach())
+        wrong_names = sorted(set(shapes.items()) ^ {(name, tuple(view.shape)) for name, view in weights.items()})
+        raise RuntimeError(f"hand-over of weights: {wrong_names[:3]} of actor and rollout do not fit each other")
+    small = [p for s in layout for p in s.parameters[1:]]
+    adapters = dict(zip(map(id, small), [torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small], strict=True))
+    for _ in _bring([(p, adapters[id(p)]) for p in small], world):
+        pass
+    checked = {(turn * CHECKED + i) % len(layout) for i in range(CHECKED)}
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)
-    for i in range(CHECKED):
-        if gathers:
-            whole, shard = gathers[(turn * CHECKED + i) % len(gathers)]
-            wrong += (whole.narrow(0, shard.numel() * world.rank, shard.numel()) != shard).sum()
-        if copies:
-            view, tensor = copies[(turn * CHECKED + i) % len(copies)]
-            wrong += (view != tensor.to(view.dtype)).sum()
-    adapted = [s for s in layout if s.lora_a is not None]
-    for start in range(0, len(adapted), 64):
-        group = adapted[start : start + 64]
-        with GatheredParameters([p for s in group for p in s.parameters[1:]]):
-            for source in group:
-                source.merge_into(weights[source.name])
+    for i in _bring([(s.weight, weights[s.name]) for s in layout], world):
+        source, view = layout[i], weights[layout[i].name]
+        if i in checked:
+            wrong += _differing(source.weight, view, world)
+        if source.lora_a is not None and source.lora_b is not None:
+            before = view[:CHECKED].clone() if i in checked else None
+            source.merge_into(view, adapters[id(source.lora_a)], adapters[id(source.lora_b)])
+            if before is not None:
+                expected = before.float() + source.update(adapters[id(source.lora_a)], adapters[id(source.lora_b)], CHECKED)
+                wrong += ((view[:CHECKED].float() - expected).abs() > 2**-7 * expected.abs() + 1e-6).sum()
     return wrong
 
 
-CHECKED = 4  # tensors compared after each hand-over
+CHECKED = 4  # tensors compared after each hand-over, and rows of each after merging
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _shard(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's part of a parameter that is partitioned (flat, padded at the end); None where the rank holds it whole."""
+    partitioned = hasattr(parameter, "ds_tensor") and parameter.ds_status != ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+    return parameter.ds_tensor if partitioned else None  # type: ignore[attr-defined]
+
+
+def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterator[int]:
+    """Every parameter, whole, into the contiguous tensor beside it; yields the index of each once what follows on the stream may use it, while the
+    rest is on its way. The host does not wait. (collective; to be run to its end)"""
+    copies: list[int] = []
+    gathers: list[tuple[int, Tensor, Tensor]] = []
+    padded: list[int] = []
+    for i, (parameter, target) in enumerate(pairs):
+        shard = _shard(parameter)
+        if shard is None:
+            copies.append(i)
+        elif shard.numel() * world.size == target.numel() and shard.dtype == target.dtype:
+            gathers.append((i, target.view(-1), shard.to(world.device)))
+        else:
+            padded.append(i)
+    for start in range(0, len(padded), 32):
+        part = padded[start : start + 32]
+        with GatheredParameters([pairs[i][0] for i in part]):
+            for i in part:
+                pairs[i][1].copy_(pairs[i][0].detach())
+    if copies:
+        torch._foreach_copy_([pairs[i][1] for i in copies], [pairs[i][0].detach() for i in copies])  # type: ignore[attr-defined]
+    arrived = world.gather_shards([(target, shard) for _, target, shard in gathers])
+    yield from padded
+    yield from copies
+    for group in arrived:
+        yield from (gathers[k][0] for k in group)
+
+
+def _differing(parameter: nn.Parameter, whole: Tensor, world: World) -> Tensor:
+    """How many elements of `whole` are not those that this rank holds."""
+    shard = _shard(parameter)
+    if shard is None:
+        return (whole != parameter.detach().to(whole.dtype)).sum()
+    start = shard.numel() * world.rank
+    count = max(0, min(shard.numel(), whole.numel() - start))
+    return (whole.view(-1)[start : start + count] != shard.view(-1)[:count].to(whole.device, whole.dtype)).sum()
 
 
 # --------------------------------------------------------------------------------------------------------------------------

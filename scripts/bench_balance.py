@@ -3,9 +3,9 @@
     deepspeed --num_gpus 2 scripts/bench_balance.py
     torchrun --nproc_per_node 2 scripts/bench_balance.py --shape tiny --prompts 64 --longest 64
 
-Random weights; every second prompt's responses are `--longest` tokens, the others' 32. Planned: rank r gets every n-th prompt, so one rank of two gets
-all the long ones. Queue: ranks pull prompts from the process group's store, as training does. Beside it the worst case: all responses of rank 0 end at
-their first token, those of the last rank at the longest. One JSON line each: every rank's busy seconds, and the quickest over the slowest.
+Random weights; every second prompt's responses are `--longest` tokens, the others' 32. Planned: rank r gets every n-th prompt, so one rank of two
+gets all the long ones. Queue: ranks pull prompts from the process group's store, as training does. Beside it the worst case: all responses of rank 0
+end at their first token, those of the last rank at the longest. One JSON line each: every rank's busy seconds, and the quickest over the slowest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main(args: argparse.Namespace) -> None:
         return engine.generate([prompts[i] for i in mine], mine, args.samples, sampling, forced=own)
 
     def queue(forced: list[int]) -> Any:
-        return engine.generate(prompts, draws, args.samples, sampling, take=world.shared_queue(args.prompts), most=most, forced=forced)
+        take, share = world.shared_queue(args.prompts), -(-args.prompts // world.size)
+        return engine.generate(prompts, draws, args.samples, sampling, take=take, most=most, share=share, forced=forced)
 
     uneven = [1 if i % world.size == 0 else args.longest for i in draws for _ in range(args.samples)]
     for name, way, forced in (("plan", planned, lengths), ("queue", queue, lengths), ("one token against the longest", planned, uneven)):
@@ -61,7 +62,8 @@ def main(args: argparse.Namespace) -> None:
         if world.is_main:
             middle = sorted(busy[1:], key=lambda ranks: max(seconds for seconds, _ in ranks))[args.runs // 2]  # the first run warms up
             seconds = [s for s, _ in middle]
-            line = {"bench": "balance", "case": f"{args.shape}, {name}", "metric": "quickest_over_slowest", "value": round(min(seconds) / max(seconds), 3)}
+            line = {"bench": "balance", "case": f"{args.shape}, {name}", "metric": "quickest_over_slowest"}
+            line |= {"value": round(min(seconds) / max(seconds), 3)}
             print(json.dumps(line | {"seconds": [round(s, 3) for s in seconds], "rows": [n for _, n in middle]}), flush=True)
     world.close()
 

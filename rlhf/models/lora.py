@@ -84,19 +84,20 @@ class WeightSource:
         weight = self.weight.detach()
         if self.lora_a is None or self.lora_b is None:
             return weight
-        update = self.lora_b.detach().float() @ self.lora_a.detach().float()
-        return (weight.float() + self.scale * (update.T if self.transposed else update)).to(weight.dtype)
+        return (weight.float() + self.update(self.lora_a.detach(), self.lora_b.detach())).to(weight.dtype)
 
-    def merge_into(self, base: Tensor) -> None:
+    def update(self, a: Tensor, b: Tensor, rows: int | None = None) -> Tensor:
+        """scale * B @ A in float32, in the weight's layout; its first `rows` rows. a: [r, in], b: [out, r]."""
+        left, right = (a.t(), b.t()) if self.transposed else (b, a)
+        return self.scale * (left[:rows].float() @ right.float())
+
+    def merge_into(self, base: Tensor, a: Tensor, b: Tensor) -> None:
         """base += scale * B @ A, in place, where `base` is a copy of the weight; rounded once."""
-        assert self.lora_a is not None and self.lora_b is not None
-        a, b = self.lora_a.detach(), self.lora_b.detach()
         if base.is_cuda and a.dtype == b.dtype == base.dtype:  # the product accumulates in float32 and is added before it is rounded
             left, right = (a.t(), b.t()) if self.transposed else (b, a)
             base.addmm_(left, right, alpha=self.scale)
             return
-        update = b.float() @ a.float()
-        base.copy_(base.float() + self.scale * (update.T if self.transposed else update))
+        base.copy_(base.float() + self.update(a, b))
 
 
 def weight_layout(module: nn.Module) -> list[WeightSource]:

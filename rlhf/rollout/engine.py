@@ -289,6 +289,7 @@ class HybridEngine:
         *,
         take: Callable[[], int | None] | None = None,
         most: int = 0,
+        share: int = 0,
         limits: Sequence[int] | None = None,
         forced: Sequence[int] | None = None,
         on_finished: Callable[[int, list[int]], None] | None = None,
@@ -297,8 +298,10 @@ class HybridEngine:
 
         draws: global draw index of each prompt, which with the sample's index decides its noise. take: index of the next prompt for this rank,
         None when there are no more (ranks share a queue); the rollout then has the prompts that were taken. most: rows in flight, so that a
-        rank leaves some to the others. limits: most response tokens, and forced: exact response tokens (for measurements), of each row.
-        on_finished(row, response ids) hears of every row once, as it ends. ValueError where stop texts are asked of an engine without `decode_text`.
+        rank leaves some to the others. share: prompts that it takes without asking; beyond them it takes freely only while less than half full,
+        else one between two looks, so that whoever happens to look first does not get all that is left. limits: most response tokens, and forced:
+        exact response tokens (for measurements), of each row. on_finished(row, response ids) hears of every row once, as it ends.
+        ValueError where stop texts are asked of an engine without `decode_text`.
         """
         if sampling.stop and self.decode_text is None:
             raise ValueError("stop texts need decode_text (token ids -> text), which this engine was made without")
@@ -310,7 +313,7 @@ class HybridEngine:
         longest = max(len(p.input_ids) for p in prompts)
         rows = len(prompts) * group_size
         self.prepare(longest + sampling.max_new_tokens, rows, sampling.max_new_tokens, sampling, forced is not None)
-        call = _Call(self, prompts, draws, group_size, sampling, take, most, limits, forced, on_finished)
+        call = _Call(self, prompts, draws, group_size, sampling, take, most, share, limits, forced, on_finished)
         switch = sys.getswitchinterval()
         try:
             if on_finished is not None:  # whoever scores in a thread must not keep this one from launching
@@ -350,6 +353,7 @@ class _Call:
         sampling: Sampling,
         take: Callable[[], int | None] | None,
         most: int,
+        share: int,
         limits: Sequence[int] | None,
         forced: Sequence[int] | None,
         on_finished: Callable[[int, list[int]], None] | None,
@@ -371,6 +375,7 @@ class _Call:
         self.cache.reset()
         self.state.live.zero_()
         self.most = min(most or self.loop.max_batch, self.loop.max_batch)
+        self.share, self.beyond = share or len(prompts), -1  # and after how many steps the last prompt beyond the share was taken
         self.waiting: deque[_Waiting] = deque()
         self.taken: list[int] = []
         self.exhausted = take is None
@@ -544,7 +549,7 @@ class _Call:
             slot = self.used
             reserve = self._growth(self.block)
             while slot < self.most and budget > 0:
-                if not self.waiting and not self._pull():
+                if not self.waiting and not self._pull(slot):
                     break
                 head = self.waiting[0]
                 length = head.length
@@ -581,9 +586,13 @@ class _Call:
             self._track(lengths, self.steps)
             self.used = slot
 
-    def _pull(self) -> bool:
+    def _pull(self, used: int) -> bool:
         if self.exhausted or self.take is None:
             return False
+        if len(self.taken) >= self.share and 2 * used >= self.most:
+            if self.beyond == self.steps:
+                return False
+            self.beyond = self.steps
         p = self.take()
         if p is None:
             self.exhausted = True

@@ -40,12 +40,55 @@ def _early() -> dict[str, Any]:
     return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}
 
 
+# --------------------------------------------------------------------------------------------------------------- prefetch
+
+PREFETCH_BYTES = 12 << 20  # of the next product's weights: what the memory delivers while a small kernel runs and the product starts
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The matrix that the next product streams. The kernel before it leaves the memory idle, so it asks for the matrix's first columns into the L2
+    cache; nobody waits for that. Weights only: they do not depend on what still runs."""
+
+    matrix: Tensor
+    rows: int
+    stride: int  # bytes from row to row
+    size: int  # bytes of each row
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Ahead:
+        rows, stride = len(matrix), matrix.stride(0) * matrix.element_size()
+        if stride % 16 or matrix.data_ptr() % 16:  # what the instruction asks for
+            return cls(matrix, 0, 0, 0)
+        return cls(matrix, rows, stride, min(stride, max(128, PREFETCH_BYTES // rows // 128 * 128)))
+
+    @property
+    def arguments(self) -> tuple[Tensor, int, int, int]:
+        return self.matrix, self.rows, self.stride, self.size
+
+
+@triton.jit
+def _prefetch(NEXT, rows, stride, size, program, programs):
+    i = tl.arange(0, 128)
+    for base in range(program * 128, rows, programs * 128):
+        row = tl.minimum(base + i, rows - 1)
+        address = NEXT.to(tl.int64) + row.to(tl.int64) * stride
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [address, row * 0 + size], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------- decoder
 
 
-@triton.jit(do_not_specialize=["n"])
-def _add_norm(X, DELTA, WEIGHT, OUT, n, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "rows", "stride", "size"])
+def _add_norm(
+    X, DELTA, WEIGHT, OUT, n, eps, NEXT, rows, stride, size,
+    H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     if EARLY:
+        if AHEAD:
+            _prefetch(NEXT, rows, stride, size, tl.program_id(0), tl.num_programs(0))
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -60,13 +103,17 @@ def _add_norm(X, DELTA, WEIGHT, OUT, n, eps, H: tl.constexpr, BLOCK: tl.constexp
     tl.store(OUT + row * H + column, (scaled.to(tl.float32) * weight.to(tl.float32)).to(OUT.dtype.element_ty), mask=inside)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, rows: int = 0) -> Tensor:
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, rows: int = 0, ahead: Ahead | None = None) -> Tensor:
     """x [n, H] += the first n rows of delta, in place; returns RMSNorm(x) * weight, [max(n, rows), H] with undefined rows after the n-th."""
     n, hidden = x.shape
     out = torch.empty(max(n, rows), hidden, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
     warps = 4 if block <= 2048 else 8
-    _add_norm[(n,)](x, x if delta is None else delta, weight, out, n, eps, hidden, block, delta is not None, num_warps=warps, **_early())
+    next_weights = (x, 0, 0, 0) if ahead is None else ahead.arguments
+    _add_norm[(n,)](
+        x, x if delta is None else delta, weight, out, n, eps, *next_weights, hidden, block, delta is not None, ahead is not None,
+        num_warps=warps, **_early(),
+    )  # fmt: skip
     return out
 
 
@@ -155,9 +202,11 @@ def write_cache(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, positions: Te
     )
 
 
-@triton.jit(do_not_specialize=["n"])
-def _silu_mul(GU, OUT, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "rows", "stride", "size"])
+def _silu_mul(GU, OUT, n, NEXT, rows, stride, size, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
+        if AHEAD:
+            _prefetch(NEXT, rows, stride, size, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(0) * tl.num_programs(1))
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -169,11 +218,12 @@ def _silu_mul(GU, OUT, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.co
     tl.store(OUT + row * WIDTH + column, (act * up).to(dtype), mask=inside)
 
 
-def silu_mul(gate_up: Tensor, n: int, rows: int = 0) -> Tensor:
+def silu_mul(gate_up: Tensor, n: int, rows: int = 0, ahead: Ahead | None = None) -> Tensor:
     """[>= n, 2 I] -> silu(first half) * second half of the first n rows, [max(n, rows), I] with undefined rows after the n-th."""
     width = gate_up.shape[1] // 2
     out = torch.empty(max(n, rows), width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, out, n, width, 1024, num_warps=4, **_early())
+    next_weights = (gate_up, 0, 0, 0) if ahead is None else ahead.arguments
+    _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, out, n, *next_weights, width, 1024, ahead is not None, num_warps=4, **_early())
     return out
 
 
@@ -226,11 +276,13 @@ def _rotate(low, high, cos, sin, dtype):
     return first, second
 
 
-@triton.jit(do_not_specialize=["q_stride", "width", "window", "splits"])
+@triton.jit(do_not_specialize=["q_stride", "width", "window", "splits", "rows", "stride", "size"])
 def _paged_attention(
     Q, q_stride, KEYS, VALUES, TABLE, width, POSITION, OUT, PARTIAL, STATISTICS, ARRIVED, COS, SIN, QNORM, KNORM, scale, window, splits, eps,
+    NEXT, rows, stride, size,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    PAGE: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     row, head, split = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.program_id(2)
     if EARLY:
@@ -329,6 +381,8 @@ def _paged_attention(
                     top = larger
                 tl.store(out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=shown)
                 tl.store(ARRIVED + row * HK + head, 0)
+        if EARLY and AHEAD and split == 0:  # after its own reading, which keeps the memory busy
+            _prefetch(NEXT, rows, stride, size, tl.program_id(1) * HK + head, tl.num_programs(1) * HK)
 
 
 @dataclass
@@ -344,7 +398,7 @@ class Rotation:
 
 def paged_attention(
     q: Tensor, heads: int, pool: Tensor, table: Tensor, positions: Tensor, scale: float, window: int | None, splits: int,
-    workspace: AttentionWorkspace, rotation: Rotation | None = None, rows: int = 0,
+    workspace: AttentionWorkspace, rotation: Rotation | None = None, rows: int = 0, ahead: Ahead | None = None,
 ) -> Tensor:  # fmt: skip
     """One query per row over the pages of rows 0..B-1 of `table`, tokens 0..positions[b] -> [max(B, rows), heads, D]. pool: [2, pages, page, HK, D].
 
@@ -359,9 +413,9 @@ def paged_attention(
         q, q.stride(0), pool[0], pool[1], table, table.stride(0), positions, out,
         workspace.partial, workspace.statistics, workspace.arrived, r.cos, r.sin,
         q if r.q_norm is None else r.q_norm, q if r.k_norm is None else r.k_norm,
-        scale, window or 0, splits, r.eps,
+        scale, window or 0, splits, r.eps, *((q, 0, 0, 0) if ahead is None else ahead.arguments),
         heads, kv_heads, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(dim // 2)), group, max(16, triton.next_power_of_2(group)),
-        page, ATTENTION_BLOCK, SPLIT_TOKENS, window is not None, rotation is not None, r.q_norm is not None,
+        page, ATTENTION_BLOCK, SPLIT_TOKENS, window is not None, rotation is not None, r.q_norm is not None, ahead is not None,
         num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES, **_early(),
     )  # fmt: skip
     return out

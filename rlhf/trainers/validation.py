@@ -97,7 +97,8 @@ def share_out(
     if planned:
         return engine.generate(prompts, draws, group, sampling, on_finished=heard)
     most = max(group, -(-len(prompts) * group * 3 // (4 * world.size)))
-    return engine.generate(prompts, draws, group, sampling, take=world.shared_queue(len(prompts)), most=most, on_finished=heard)
+    share = -(-len(prompts) // world.size)
+    return engine.generate(prompts, draws, group, sampling, take=world.shared_queue(len(prompts)), most=most, share=share, on_finished=heard)
 
 
 def _interval(metrics: dict[str, float], name: str, correct: torch.Tensor) -> None:

@@ -42,10 +42,11 @@ def take_over(world: World, models: Path, name: str, stage: int, lora: bool, dam
     if damage:
         whole = World.gather_shards
 
-        def damaged(self: World, pairs: Any) -> None:
-            whole(self, pairs)
+        def damaged(self: World, pairs: Any) -> Any:
+            arrived = list(whole(self, pairs))
             for out, _ in pairs:
                 out[-1] += 1  # belongs to the last rank
+            return iter(arrived)
 
         World.gather_shards = damaged  # type: ignore[method-assign]
     hybrid.take_over(lambda weights: engine.gather_into(layout, weights))
