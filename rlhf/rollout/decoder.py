@@ -54,7 +54,6 @@ class _Layer:
     down: Tensor
     down_bias: Tensor | None
     window: int | None
-    ahead: dict[str, kernels.Ahead]  # by product
 
 
 def lean_layout(config: PretrainedConfig) -> list[Slice]:
@@ -117,7 +116,7 @@ class LeanDecoder:
         self.vocabulary, self.eps, self.scale = c.vocab_size, c.rms_norm_eps, 1 / math.sqrt(dim)
         self.embedding, self.norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
         self.head = weights.get("lm_head.weight", self.embedding)
-        self.device, self._head_ahead = self.embedding.device, kernels.Ahead.of(self.head)
+        self.device = self.embedding.device
         self._rows: dict[int, dict[str, int]] = {}  # batch -> rows of each product
         windows = _windows(c)
         self.layers = [self._layer(weights, i, windows[i]) for i in range(c.num_hidden_layers)]
@@ -143,22 +142,18 @@ class LeanDecoder:
         def fused_bias(*names: str) -> Tensor | None:
             return fused(*names) if get(names[0]) is not None else None
 
-        products = {
-            "qkv": fused("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-            "o": need("self_attn.o_proj.weight"),
-            "gate_up": fused("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-            "down": need("mlp.down_proj.weight"),
-        }
         return _Layer(
-            **products,
-            ahead={name: kernels.Ahead.of(matrix) for name, matrix in products.items()},
             attention_norm=need("input_layernorm.weight"),
+            qkv=fused("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
             qkv_bias=fused_bias("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
             q_norm=get("self_attn.q_norm.weight"),
             k_norm=get("self_attn.k_norm.weight"),
+            o=need("self_attn.o_proj.weight"),
             o_bias=get("self_attn.o_proj.bias"),
             mlp_norm=need("post_attention_layernorm.weight"),
+            gate_up=fused("mlp.gate_proj.weight", "mlp.up_proj.weight"),
             gate_up_bias=fused_bias("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+            down=need("mlp.down_proj.weight"),
             down_bias=get("mlp.down_proj.bias"),
             window=window,
         )
@@ -186,12 +181,10 @@ class LeanDecoder:
         x, delta, n = F.embedding(ids, self.embedding), None, len(ids)
         rows = self._rows.get(n, _NO_ROWS) if isinstance(step, DecodeStep) else _NO_ROWS
         for index, layer in enumerate(self.layers):
-            ahead = layer.ahead
-            hidden = kernels.add_norm(x, delta, layer.attention_norm, self.eps, rows["qkv"], ahead["qkv"])
-            qkv = F.linear(hidden, layer.qkv, layer.qkv_bias)
+            qkv = F.linear(kernels.add_norm(x, delta, layer.attention_norm, self.eps, rows["qkv"]), layer.qkv, layer.qkv_bias)
             if isinstance(step, DecodeStep):
                 rotation = kernels.Rotation(self.cos, self.sin, layer.q_norm, layer.k_norm, self.eps)
-                mixed = step.rotate_and_attend(index, qkv, self.heads, self.scale, layer.window, rotation, rows["o"], ahead["o"])
+                mixed = step.rotate_and_attend(index, qkv, self.heads, self.scale, layer.window, rotation, rows["o"])
             else:
                 assert isinstance(step, PrefillStep)
                 kernels.rope_and_cache(
@@ -202,15 +195,15 @@ class LeanDecoder:
                 step.written(k, v)
                 mixed = step.attend(index, q, self.scale, layer.window)
             delta = F.linear(mixed.reshape(len(mixed), -1), layer.o, layer.o_bias)
-            hidden = kernels.add_norm(x, delta, layer.mlp_norm, self.eps, rows["gate_up"], ahead["gate_up"])
-            inner = kernels.silu_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias), n, rows["down"], ahead["down"])
+            hidden = kernels.add_norm(x, delta, layer.mlp_norm, self.eps, rows["gate_up"])
+            inner = kernels.silu_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias), n, rows["down"])
             delta = F.linear(inner, layer.down, layer.down_bias)
         if keep is None:
             return None
         assert delta is not None
         if len(keep) != n:
             x, delta = x[keep], delta[keep]
-        return F.linear(kernels.add_norm(x, delta, self.norm, self.eps, rows["head"], self._head_ahead), self.head)[: len(keep)]
+        return F.linear(kernels.add_norm(x, delta, self.norm, self.eps, rows["head"]), self.head)[: len(keep)]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, (heads + 2 kv_heads) * D] -> q [n, heads, D], k and v [n, kv_heads, D], as views."""

@@ -1,7 +1,7 @@
 """The GPU kernels of the rollout, in Triton. Each has its plain torch counterpart in `paged`, `decoder` or `sampler`, which runs on CPU.
 
-They round where transformers' own modules round (norms, rotary embedding, activation), so that a rollout's logprobs differ from the training
-forward's by the order of sums alone. The module imports without Triton; calling then fails.
+They round where transformers' own modules round (norms, rotary embedding, activation) and walk as flash attention does, so that a rollout's logprobs
+are those of the training forward but for the order of some sums. The module imports without Triton; calling then fails.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ except ImportError:  # a CPU build of torch comes without it
     triton = tl = _Absent()  # type: ignore[assignment]
 
 
+UNFUSED = {"enable_fp_fusion": False}  # for kernels that rotate: a product contracted with a sum would skip the rounding in between
+
+
 @functools.cache
 def _early() -> dict[str, Any]:
     """Launch options of a kernel that may be set up while the one before it still runs (programmatic dependent launch, compute capability 9): the gap
@@ -40,55 +43,12 @@ def _early() -> dict[str, Any]:
     return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}
 
 
-# --------------------------------------------------------------------------------------------------------------- prefetch
-
-PREFETCH_BYTES = 12 << 20  # of the next product's weights: what the memory delivers while a small kernel runs and the product starts
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """The matrix that the next product streams. The kernel before it leaves the memory idle, so it asks for the matrix's first columns into the L2
-    cache; nobody waits for that. Weights only: they do not depend on what still runs."""
-
-    matrix: Tensor
-    rows: int
-    stride: int  # bytes from row to row
-    size: int  # bytes of each row
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> Ahead:
-        rows, stride = len(matrix), matrix.stride(0) * matrix.element_size()
-        if stride % 16 or matrix.data_ptr() % 16:  # what the instruction asks for
-            return cls(matrix, 0, 0, 0)
-        return cls(matrix, rows, stride, min(stride, max(128, PREFETCH_BYTES // rows // 128 * 128)))
-
-    @property
-    def arguments(self) -> tuple[Tensor, int, int, int]:
-        return self.matrix, self.rows, self.stride, self.size
-
-
-@triton.jit
-def _prefetch(NEXT, rows, stride, size, program, programs):
-    i = tl.arange(0, 128)
-    for base in range(program * 128, rows, programs * 128):
-        row = tl.minimum(base + i, rows - 1)
-        address = NEXT.to(tl.int64) + row.to(tl.int64) * stride
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [address, row * 0 + size], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------------- decoder
 
 
-@triton.jit(do_not_specialize=["n", "rows", "stride", "size"])
-def _add_norm(
-    X, DELTA, WEIGHT, OUT, n, eps, NEXT, rows, stride, size,
-    H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["n"])
+def _add_norm(X, DELTA, WEIGHT, OUT, n, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
-        if AHEAD:
-            _prefetch(NEXT, rows, stride, size, tl.program_id(0), tl.num_programs(0))
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -103,17 +63,13 @@ def _add_norm(
     tl.store(OUT + row * H + column, (scaled.to(tl.float32) * weight.to(tl.float32)).to(OUT.dtype.element_ty), mask=inside)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, rows: int = 0, ahead: Ahead | None = None) -> Tensor:
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, rows: int = 0) -> Tensor:
     """x [n, H] += the first n rows of delta, in place; returns RMSNorm(x) * weight, [max(n, rows), H] with undefined rows after the n-th."""
     n, hidden = x.shape
     out = torch.empty(max(n, rows), hidden, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
     warps = 4 if block <= 2048 else 8
-    next_weights = (x, 0, 0, 0) if ahead is None else ahead.arguments
-    _add_norm[(n,)](
-        x, x if delta is None else delta, weight, out, n, eps, *next_weights, hidden, block, delta is not None, ahead is not None,
-        num_warps=warps, **_early(),
-    )  # fmt: skip
+    _add_norm[(n,)](x, x if delta is None else delta, weight, out, n, eps, hidden, block, delta is not None, num_warps=warps, **_early())
     return out
 
 
@@ -166,7 +122,7 @@ def rope_and_cache(
     _rope_and_cache[(n, heads + 2 * kv_heads)](
         qkv, qkv.stride(0), cos, sin, positions, slots, table, table.stride(0), pool[0], pool[1],
         cos if q_norm is None else q_norm, cos if k_norm is None else k_norm, eps,
-        heads, kv_heads, dim, triton.next_power_of_2(dim // 2), pool.shape[2], q_norm is not None, num_warps=1,
+        heads, kv_heads, dim, triton.next_power_of_2(dim // 2), pool.shape[2], q_norm is not None, num_warps=1, **UNFUSED,
     )  # fmt: skip
 
 
@@ -202,11 +158,9 @@ def write_cache(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, positions: Te
     )
 
 
-@triton.jit(do_not_specialize=["n", "rows", "stride", "size"])
-def _silu_mul(GU, OUT, n, NEXT, rows, stride, size, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit(do_not_specialize=["n"])
+def _silu_mul(GU, OUT, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
-        if AHEAD:
-            _prefetch(NEXT, rows, stride, size, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(0) * tl.num_programs(1))
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -218,19 +172,23 @@ def _silu_mul(GU, OUT, n, NEXT, rows, stride, size, WIDTH: tl.constexpr, BLOCK: 
     tl.store(OUT + row * WIDTH + column, (act * up).to(dtype), mask=inside)
 
 
-def silu_mul(gate_up: Tensor, n: int, rows: int = 0, ahead: Ahead | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, n: int, rows: int = 0) -> Tensor:
     """[>= n, 2 I] -> silu(first half) * second half of the first n rows, [max(n, rows), I] with undefined rows after the n-th."""
     width = gate_up.shape[1] // 2
     out = torch.empty(max(n, rows), width, dtype=gate_up.dtype, device=gate_up.device)
-    next_weights = (gate_up, 0, 0, 0) if ahead is None else ahead.arguments
-    _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, out, n, *next_weights, width, 1024, ahead is not None, num_warps=4, **_early())
+    _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, out, n, width, 1024, num_warps=4, **_early())
     return out
 
 
 # -------------------------------------------------------------------------------------------------------------- attention
 
 SPLIT_TOKENS = 256  # least context that is worth a program of its own
-ATTENTION_BLOCK, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
+ATTENTION_WARPS, ATTENTION_STAGES = 4, 2
+
+
+def attention_block(dim: int) -> int:
+    """Keys in one block: as many as flash attention takes on this hardware, because probabilities are rounded against the maximum so far."""
+    return 128 if dim <= 64 else 64
 
 
 @dataclass
@@ -276,12 +234,11 @@ def _rotate(low, high, cos, sin, dtype):
     return first, second
 
 
-@triton.jit(do_not_specialize=["q_stride", "width", "window", "splits", "rows", "stride", "size"])
+@triton.jit(do_not_specialize=["q_stride", "width", "window", "splits"])
 def _paged_attention(
     Q, q_stride, KEYS, VALUES, TABLE, width, POSITION, OUT, PARTIAL, STATISTICS, ARRIVED, COS, SIN, QNORM, KNORM, scale, window, splits, eps,
-    NEXT, rows, stride, size,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    PAGE: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, AHEAD: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     row, head, split = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.program_id(2)
@@ -334,6 +291,10 @@ def _paged_attention(
             at = start_at + (blocks - 1 - step) * BN + j
             if PAGE % BN == 0:  # a block lies in one page
                 page = tl.load(TABLE + row * width + (start_at + (blocks - 1 - step) * BN) // PAGE).to(tl.int64)
+            elif BN == 2 * PAGE:
+                begins = (start_at + (blocks - 1 - step) * BN) // PAGE
+                second = tl.load(TABLE + row * width + begins + 1, mask=(begins + 1) * PAGE < end_at, other=0)
+                page = tl.where(j < PAGE, tl.load(TABLE + row * width + begins), second).to(tl.int64)
             else:
                 page = tl.load(TABLE + row * width + at // PAGE, mask=at < end_at, other=0).to(tl.int64)
             where = (page * PAGE + at % PAGE) * (HK * D) + head * D
@@ -343,11 +304,11 @@ def _paged_attention(
             k_source = KEYS + where[:, None] + i[None, :]
             k_low = tl.load(k_source, mask=seen[:, None] & inside[None, :], other=0.0)
             k_high = tl.load(k_source + D // 2, mask=seen[:, None] & inside[None, :], other=0.0)
-            x = tl.dot(high, tl.trans(k_high), tl.dot(low, tl.trans(k_low), input_precision="ieee"), input_precision="ieee") * factor
+            x = tl.dot(high, tl.trans(k_high), tl.dot(low, tl.trans(k_low), input_precision="ieee"), input_precision="ieee")
             x = tl.where(seen[None, :], x, -1e30)
             larger = tl.maximum(top, tl.max(x, 1))
-            p = tl.exp2(x - larger[:, None])
-            shrink = tl.exp2(top - larger)
+            p = tl.exp2(tl.fma(x, factor, -(larger * factor)[:, None]))
+            shrink = tl.exp2((top - larger) * factor)
             total = total * shrink + tl.sum(p, 1)
             v = tl.load(VALUES + where[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
             acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -356,7 +317,7 @@ def _paged_attention(
         out = OUT + row * HQ * D + heads[:, None] * D + d[None, :]
         shown = (g < G)[:, None] & (d < D)[None, :]
         if parts == 1:
-            tl.store(out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=shown)
+            tl.store(out, (acc * (1.0 / total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
         else:
             piece = (row * splits + split) * HQ + heads
             tl.store(PARTIAL + piece[:, None] * D + d[None, :], acc, mask=shown)
@@ -375,14 +336,12 @@ def _paged_attention(
                     its_total = tl.load(STATISTICS + piece * 2 + 1, mask=g < G, other=0.0, cache_modifier=".cg")
                     its = tl.load(PARTIAL + piece[:, None] * D + d[None, :], mask=shown, other=0.0, cache_modifier=".cg")
                     larger = tl.maximum(top, its_top)
-                    mine, theirs = tl.exp2(top - larger), tl.exp2(its_top - larger)
+                    mine, theirs = tl.exp2((top - larger) * factor), tl.exp2((its_top - larger) * factor)
                     acc = acc * mine[:, None] + its * theirs[:, None]
                     total = total * mine + its_total * theirs
                     top = larger
-                tl.store(out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=shown)
+                tl.store(out, (acc * (1.0 / total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
                 tl.store(ARRIVED + row * HK + head, 0)
-        if EARLY and AHEAD and split == 0:  # after its own reading, which keeps the memory busy
-            _prefetch(NEXT, rows, stride, size, tl.program_id(1) * HK + head, tl.num_programs(1) * HK)
 
 
 @dataclass
@@ -398,7 +357,7 @@ class Rotation:
 
 def paged_attention(
     q: Tensor, heads: int, pool: Tensor, table: Tensor, positions: Tensor, scale: float, window: int | None, splits: int,
-    workspace: AttentionWorkspace, rotation: Rotation | None = None, rows: int = 0, ahead: Ahead | None = None,
+    workspace: AttentionWorkspace, rotation: Rotation | None = None, rows: int = 0,
 ) -> Tensor:  # fmt: skip
     """One query per row over the pages of rows 0..B-1 of `table`, tokens 0..positions[b] -> [max(B, rows), heads, D]. pool: [2, pages, page, HK, D].
 
@@ -413,10 +372,10 @@ def paged_attention(
         q, q.stride(0), pool[0], pool[1], table, table.stride(0), positions, out,
         workspace.partial, workspace.statistics, workspace.arrived, r.cos, r.sin,
         q if r.q_norm is None else r.q_norm, q if r.k_norm is None else r.k_norm,
-        scale, window or 0, splits, r.eps, *((q, 0, 0, 0) if ahead is None else ahead.arguments),
+        scale, window or 0, splits, r.eps,
         heads, kv_heads, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(dim // 2)), group, max(16, triton.next_power_of_2(group)),
-        page, ATTENTION_BLOCK, SPLIT_TOKENS, window is not None, rotation is not None, r.q_norm is not None, ahead is not None,
-        num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES, **_early(),
+        page, attention_block(dim), SPLIT_TOKENS, window is not None, rotation is not None, r.q_norm is not None,
+        num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES, **UNFUSED, **_early(),
     )  # fmt: skip
     return out
 

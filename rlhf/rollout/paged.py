@@ -202,18 +202,17 @@ class DecodeStep(Step):
         return torch.cat(done)[self._back].reshape(q.shape)
 
     def rotate_and_attend(
-        self, layer: int, qkv: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation, rows: int, ahead: kernels.Ahead
+        self, layer: int, qkv: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation, rows: int
     ) -> Tensor:  # fmt: skip
         """On GPU: qkv [>= B, (heads + 2 kv_heads) * D] as projected -> [max(B, rows), heads, D], with k and v put into the cache on the way."""
-        return self._kernel(layer, qkv, heads, scale, window, rotation, rows, ahead)
+        return self._kernel(layer, qkv, heads, scale, window, rotation, rows)
 
     def _kernel(
-        self, layer: int, q: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation | None, rows: int = 0,
-        ahead: kernels.Ahead | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, layer: int, q: Tensor, heads: int, scale: float, window: int | None, rotation: kernels.Rotation | None, rows: int = 0
+    ) -> Tensor:
         assert self.workspace is not None
         return kernels.paged_attention(
-            q, heads, self.cache.pool[layer], self.cache.table, self.positions, scale, window, self.splits, self.workspace, rotation, rows, ahead
+            q, heads, self.cache.pool[layer], self.cache.table, self.positions, scale, window, self.splits, self.workspace, rotation, rows
         )  # fmt: skip
 
 
