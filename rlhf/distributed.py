@@ -102,12 +102,9 @@ class World:
 
         Everything is under way on return; yields indices of `pairs` in groups, each once the current stream is made to wait for it, the host never.
         """
-        if self.size == 1 or self.device.type == "cpu":
-            if self.size == 1 and pairs:
-                torch._foreach_copy_([whole for whole, _ in pairs], [shard for _, shard in pairs])  # type: ignore[attr-defined]
-            else:
-                for whole, shard in pairs:
-                    dist.all_gather_into_tensor(whole, shard)
+        if self.device.type == "cpu" or not pairs:
+            for whole, shard in pairs:
+                dist.all_gather_into_tensor(whole, shard)
             return iter([range(len(pairs))])
         groups: list[tuple[range, Any]] = []
         begin = size = 0

@@ -198,34 +198,41 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     tensor that nobody has waited for; CHECKED tensors are looked at, others each `turn` (trap 21). Raises RuntimeError if names or shapes do not
     cover `weights` exactly.
     """
-    shapes = {s.name: tuple(getattr(s.weight, "ds_shape", s.weight.shape)) for s in layout}
-    if shapes != {name: tuple(view.shape) for name, view in weights.items()}:
-        wrong_names = sorted(set(shapes.items()) ^ {(name, tuple(view.shape)) for name, view in weights.items()})
+    pairs = [(s.weight, weights.get(s.name)) for s in layout]
+    if len(pairs) != len(weights) or any(view is None or view.shape != _shape(parameter) for parameter, view in pairs):
+        given = {(s.name, tuple(_shape(s.weight))) for s in layout}
+        wrong_names = sorted(given ^ {(name, tuple(view.shape)) for name, view in weights.items()})
         raise RuntimeError(f"hand-over of weights: {wrong_names[:3]} of actor and rollout do not fit each other")
-    small = [p for s in layout for p in s.parameters[1:]]
-    adapters = dict(zip(map(id, small), [torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small], strict=True))
+    small = [p for s in layout if s.lora_a is not None for p in s.parameters[1:]]
+    adapters = {id(p): torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small}
     for _ in _bring([(p, adapters[id(p)]) for p in small], world):
         pass
     checked = {(turn * CHECKED + i) % len(layout) for i in range(CHECKED)}
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)
-    for i in _bring([(s.weight, weights[s.name]) for s in layout], world):
-        source, view = layout[i], weights[layout[i].name]
+    for i in _bring(pairs, world):  # type: ignore[arg-type]
+        source = layout[i]
+        if i not in checked and source.lora_a is None:
+            continue
+        view = weights[source.name]
         if i in checked:
-            wrong += _differing(source.weight, view, world)
+            wrong += _differing(source.weight, view, world, turn)
         if source.lora_a is not None and source.lora_b is not None:
             before = view[:CHECKED].clone() if i in checked else None
-            source.merge_into(view, adapters[id(source.lora_a)], adapters[id(source.lora_b)])
+            a, b = adapters[id(source.lora_a)], adapters[id(source.lora_b)]
+            source.merge_into(view, a, b)
             if before is not None:
-                expected = before.float() + source.update(adapters[id(source.lora_a)], adapters[id(source.lora_b)], CHECKED)
+                expected = before.float() + source.update(a, b, CHECKED)
                 wrong += ((view[:CHECKED].float() - expected).abs() > 2**-7 * expected.abs() + 1e-6).sum()
     return wrong
 
 
 CHECKED = 4  # tensors compared after each hand-over, and rows of each after merging
+CHECKED_ELEMENTS = 8 << 20  # at most, of one tensor: others each time
+ONE_BY_ONE = 1 << 20  # elements from which a copy of its own is faster than one kernel for many
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _shard(parameter: nn.Parameter) -> Tensor | None:
@@ -237,39 +244,47 @@ def _shard(parameter: nn.Parameter) -> Tensor | None:
 def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterator[int]:
     """Every parameter, whole, into the contiguous tensor beside it; yields the index of each once what follows on the stream may use it, while the
     rest is on its way. The host does not wait. (collective; to be run to its end)"""
-    copies: list[int] = []
+    here: list[int] = []
+    little: tuple[list[Tensor], list[Tensor]] = ([], [])
     gathers: list[tuple[int, Tensor, Tensor]] = []
     padded: list[int] = []
     for i, (parameter, target) in enumerate(pairs):
-        shard = _shard(parameter)
-        if shard is None:
-            copies.append(i)
-        elif shard.numel() * world.size == target.numel() and shard.dtype == target.dtype:
+        shard, count = _shard(parameter), target.numel()
+        if shard is None or (world.size == 1 and shard.numel() == count):
+            own = parameter.detach() if shard is None else shard.view(target.shape)
+            here.append(i)
+            if count >= ONE_BY_ONE:
+                target.copy_(own, non_blocking=True)
+            else:
+                little[0].append(target)
+                little[1].append(own)
+        elif shard.numel() * world.size == count and shard.dtype == target.dtype:
             gathers.append((i, target.view(-1), shard.to(world.device)))
         else:
             padded.append(i)
+    if little[0]:
+        torch._foreach_copy_(*little)  # type: ignore[attr-defined]
     for start in range(0, len(padded), 32):
         part = padded[start : start + 32]
         with GatheredParameters([pairs[i][0] for i in part]):
             for i in part:
                 pairs[i][1].copy_(pairs[i][0].detach())
-    if copies:
-        torch._foreach_copy_([pairs[i][1] for i in copies], [pairs[i][0].detach() for i in copies])  # type: ignore[attr-defined]
     arrived = world.gather_shards([(target, shard) for _, target, shard in gathers])
     yield from padded
-    yield from copies
+    yield from here
     for group in arrived:
         yield from (gathers[k][0] for k in group)
 
 
-def _differing(parameter: nn.Parameter, whole: Tensor, world: World) -> Tensor:
+def _differing(parameter: nn.Parameter, whole: Tensor, world: World, turn: int) -> Tensor:
     """How many elements of `whole` are not those that this rank holds."""
-    shard = _shard(parameter)
-    if shard is None:
-        return (whole != parameter.detach().to(whole.dtype)).sum()
-    start = shard.numel() * world.rank
-    count = max(0, min(shard.numel(), whole.numel() - start))
-    return (whole.view(-1)[start : start + count] != shard.view(-1)[:count].to(whole.device, whole.dtype)).sum()
+    shard, whole = _shard(parameter), whole.view(-1)
+    own = parameter.detach().view(-1) if shard is None else shard.view(-1)
+    start = 0 if shard is None else own.numel() * world.rank
+    count = max(0, min(own.numel(), whole.numel() - start))
+    begin = turn * CHECKED_ELEMENTS % count if count > CHECKED_ELEMENTS else 0
+    end = min(count, begin + CHECKED_ELEMENTS)
+    return (whole[start + begin : start + end] != own[begin:end].to(whole.device, whole.dtype)).sum()
 
 
 # --------------------------------------------------------------------------------------------------------------------------

@@ -526,6 +526,28 @@ def test_most_leaves_prompts_to_other_ranks(watch: Watch) -> None:
     assert watch.most_live == 4
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0, [0, 0, 0, 0, 0, 0]), (2, [0, 0, 0, 0, 1, 2])])
+def test_beyond_its_share_a_rank_takes_one_prompt_at_a_time(monkeypatch: pytest.MonkeyPatch, share: int, expected: list[int]) -> None:
+    """So that the rank that happens to look first does not get all that is left. Up to half full it takes freely."""
+    steps, taken, prompts = 0, [], wide_prompts()
+    step = DecodeLoop.step
+
+    def counted(*given: Any) -> None:
+        nonlocal steps
+        steps += 1
+        step(*given)
+
+    def take() -> int | None:
+        taken.append(steps)
+        return len(taken) - 1 if len(taken) <= 6 else None
+
+    monkeypatch.setattr(DecodeLoop, "step", counted)
+    engine = rollout_engine(wide_model("llama"), ENDS, max_batch=12)
+    numbers = list(range(len(prompts)))
+    rollout = generate(engine, prompts, numbers, 2, replace(WIDE_SAMPLING, min_new_tokens=5), take=take, share=share)
+    assert taken[:6] == expected and len(rollout) == 12
+
+
 def test_a_rank_that_pulls_nothing_gets_an_empty_rollout() -> None:
     """The other ranks were faster."""
     rollout = generate(rollout_engine(wide_model("llama"), ENDS), wide_prompts(), list(range(9)), 2, WIDE_SAMPLING, take=lambda: None)

@@ -95,6 +95,28 @@ def test_rope_and_cache(norm: bool, dim: int) -> None:
     torch.testing.assert_close(pool, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_rotation_rounds_as_the_training_forward(fused: bool) -> None:
+    """Bit for bit what transformers' own operations give: every product rounded, then their sum. A compiler that contracts a product with the sum
+    changes one element in six of the keys, and with them every logprob."""
+    dim, heads, kv_heads, n, page = 64, 4, 2, 48, 64
+    qkv = values(n, (heads + 2 * kv_heads) * dim, dtype=HALF)
+    cos, sin = values(200, dim // 2, dtype=HALF, seed=1), values(200, dim // 2, dtype=HALF, seed=2)
+    positions, slots = torch.arange(n, device=DEVICE) * 4, torch.arange(n, device=DEVICE)
+    table = torch.arange(1, 4 * n + 1, dtype=torch.int32, device=DEVICE).view(n, 4)
+    pool = torch.zeros(2, 4 * n + 1, page, kv_heads, dim, dtype=HALF, device=DEVICE)
+    low, high = qkv.view(n, -1, dim)[:, heads:-kv_heads].chunk(2, -1)
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    expected = torch.cat((low * c - high * s, high * c + low * s), -1)
+    if fused:
+        workspace = kernels.attention_workspace([n], heads, kv_heads, dim, 256, DEVICE)
+        rotation = kernels.Rotation(cos, sin, None, None, 1e-6)
+        kernels.paged_attention(qkv, heads, pool, table, positions, 0.1, None, 1, workspace, rotation)
+    else:
+        kernels.rope_and_cache(qkv, cos, sin, positions, slots, table, pool, heads, kv_heads, None, None, 1e-6)
+    assert torch.equal(pool[0][table[slots, positions // page].long(), positions % page], expected)
+
+
 @pytest.mark.parametrize(("dim", "heads", "kv_heads", "page"), [(16, 6, 2, 64), (24, 4, 1, 16), (64, 2, 2, 64)])
 @pytest.mark.parametrize("window", [None, 70])
 def test_paged_attention(dim: int, heads: int, kv_heads: int, page: int, window: int | None) -> None:

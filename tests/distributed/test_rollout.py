@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from rlhf.distributed import World
 from rlhf.experience import gather_rollout
-from rlhf.models.lora import weight_layout
+from rlhf.models.lora import WeightSource, weight_layout
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.types import Prompt, Sampling
 from tests.distributed.test_engine import causal_engine, train
@@ -32,14 +32,17 @@ def rollout_engine(models: Path, name: str, world: World, **settings: Any) -> Hy
 # ---- trap 21
 
 
-def take_over(world: World, models: Path, name: str, stage: int, lora: bool, damage: bool) -> tuple[bool, bool, str]:
+def take_over(world: World, models: Path, name: str, stage: int, lora: bool, damage: str) -> tuple[bool, bool, str]:
     engine = causal_engine(world, models / name, stage, lora=lora, learning_rate=0.5)
     hybrid = rollout_engine(models, name, world)
     layout = weight_layout(engine.module)
     train(engine, world, 1)
     before = {n: t.clone() for n, t in engine.full_tensors(layout)}
     addresses = [t.data_ptr() for t in hybrid.weights.values()]
-    if damage:
+    if damage == "merge":
+        merge = WeightSource.merge_into
+        WeightSource.merge_into = lambda self, base, a, b: merge(self, base, a, 1.1 * b)  # type: ignore[method-assign]
+    if damage == "shards":
         whole = World.gather_shards
 
         def damaged(self: World, pairs: Any) -> Any:
@@ -74,7 +77,7 @@ def take_over(world: World, models: Path, name: str, stage: int, lora: bool, dam
 )
 def test_trap_21_shards_arrive_whole_and_merged(models: Path, name: str, stage: int, lora: bool) -> None:
     """trap 21: equal to the gathered and merged tensors bit for bit, at the same addresses as ever, tied heads and biases included."""
-    for equal, kept, message in run_ranks(take_over, 2, models, name, stage, lora, False):
+    for equal, kept, message in run_ranks(take_over, 2, models, name, stage, lora, ""):
         assert equal
         assert kept
         assert message == ""
@@ -82,8 +85,15 @@ def test_trap_21_shards_arrive_whole_and_merged(models: Path, name: str, stage: 
 
 def test_trap_21_a_wrong_element_stops_the_rollout(models: Path) -> None:
     """trap 21: what arrived is compared with the shard that a rank holds itself."""
-    messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, False, True)]
+    messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, False, "shards")]
     assert "trap 21" in messages[1]  # the last element of a tensor is the last rank's
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trap_21_a_wrong_merge_stops_the_rollout(models: Path, stage: int) -> None:
+    """trap 21: rows of what was merged are compared with base and adapter."""
+    for _, _, message in run_ranks(take_over, 2, models, "llama", stage, True, "merge"):
+        assert "trap 21" in message
 
 
 # ---- prompts shared out
