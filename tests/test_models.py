@@ -18,7 +18,7 @@ from rlhf.engine import WholePlacement, full_tensors
 from rlhf.models.export import adapter_parameters, export_adapter, export_model
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import load_causal_lm, load_scalar_model, read_architecture, score_statistics, tensor_names, weighted_bits
-from rlhf.models.lora import adapters_off, add_adapters, weight_layout
+from rlhf.models.lora import WeightSource, adapters_off, add_adapters, weight_layout
 from tests.helpers import ARCHITECTURES, VOCABULARY, single_world, tiny_tokenizer
 
 WORLD = single_world()
@@ -148,6 +148,21 @@ def test_a_scalar_head_trains_whole_beside_adapters(models: Path) -> None:
     trained = {n.rsplit("model.", 1)[-1] for n, p in model.named_parameters() if p.requires_grad}
     assert "score.weight" in trained
     assert all("lora_" in n or n == "score.weight" for n in trained)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adapters_are_merged_into_bfloat16_with_one_rounding(transposed: bool) -> None:
+    """As the export merges in float32, but for ties; factors cut to bfloat16 would change every third element."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (192, 256) if transposed else (256, 192)
+    weight = torch.nn.Parameter((0.02 * torch.randn(256, 192, generator=generator)).bfloat16())
+    a = torch.nn.Parameter(0.05 * torch.randn(64, columns, generator=generator))
+    b = torch.nn.Parameter(0.05 * torch.randn(rows, 64, generator=generator))
+    source = WeightSource("weight", weight, a, b, 0.5, transposed)
+    base = weight.detach().clone()
+    source.merge_into(base, a.detach(), b.detach())
+    assert float((base == source.merged()).float().mean()) > 0.99
+    torch.testing.assert_close(base, source.merged(), atol=1e-5, rtol=2**-7)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "llama_untied", "gpt2"])

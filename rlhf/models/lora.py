@@ -92,10 +92,18 @@ class WeightSource:
         return self.scale * (left[:rows].float() @ right.float())
 
     def merge_into(self, base: Tensor, a: Tensor, b: Tensor) -> None:
-        """base += scale * B @ A, in place, where `base` is a copy of the weight; rounded once."""
-        if base.is_cuda and a.dtype == b.dtype == base.dtype:  # the product accumulates in float32 and is added before it is rounded
+        """base += scale * B @ A, in place, where `base` is a copy of the weight; rounded once.
+
+        A half-precision base takes float32 adapters as two halves each (Markidis et al. 2018, arXiv:1803.04014: hi hi + hi lo + lo hi), so that the
+        tensor cores multiply them, and what is lost is far below the one rounding.
+        """
+        if base.dtype == torch.bfloat16:
+            if a.dtype == torch.float32:
+                a_high, b_high = a.bfloat16(), b.bfloat16()
+                a = torch.cat((a_high, a_high, (a - a_high).bfloat16()))
+                b = torch.cat((b_high, (b - b_high).bfloat16(), b_high), 1)
             left, right = (a.t(), b.t()) if self.transposed else (b, a)
-            base.addmm_(left, right, alpha=self.scale)
+            base.addmm_(left, right, alpha=self.scale)  # accumulates in float32, and adds before it rounds
             return
         base.copy_(base.float() + self.update(a, b))
 
