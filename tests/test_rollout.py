@@ -38,11 +38,11 @@ from rlhf.models.forward import response_logprobs
 from rlhf.models.loading import eos_token_ids, load_tokenizer
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import LeanDecoder
-from rlhf.rollout.engine import _Call, _Look, _Waiting
 from rlhf.rollout.generic import GenericDecoder
 from rlhf.rollout.loop import DecodeLoop
 from rlhf.rollout.paged import PrefillStep, Step
 from rlhf.rollout.sampler import row_keys, sample
+from rlhf.rollout.schedule import Look, Schedule, Waiting
 from rlhf.trainers.rl import check_lengths, engine_settings
 from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
 from tests.helpers import VOCABULARY, rollout_engine
@@ -79,7 +79,7 @@ class Watch:
     prompt_logits: list[Tensor] = None  # type: ignore[assignment]  # of every forward in prefill that gave some
 
 
-def check_cache(call: _Call) -> None:
+def check_cache(call: Schedule) -> None:
     """Every page is counted once for each slot that holds it, and is free exactly if none does."""
     cache = call.cache
     held = torch.arange(cache.table.shape[1]) < cache.held[:, None]
@@ -96,17 +96,17 @@ def check_cache(call: _Call) -> None:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     w = Watch(prompt_logits=[])
-    prefill, drop, look = _Call._prefill, _Call._drop_holder, _Call._look
+    prefill, drop, look = Schedule._prefill, Schedule._drop_holder, Schedule._look
 
-    def counted_prefill(self: _Call, fresh: list[tuple[_Waiting, list[int], int]]) -> None:
+    def counted_prefill(self: Schedule, fresh: list[tuple[Waiting, list[int], int]]) -> None:
         w.resumed += sum(waiting.tokens > 1 for waiting, _, _ in fresh)
         prefill(self, fresh)
 
-    def counted_drop(self: _Call) -> None:
+    def counted_drop(self: Schedule) -> None:
         w.dropped += any(waiting.held for waiting in self.waiting)
         drop(self)
 
-    def checked_look(self: _Call) -> _Look:
+    def checked_look(self: Schedule) -> Look:
         w.looks += 1
         w.most_live = max(w.most_live, int(self.state.live[: self.used].sum()))
         check_cache(self)
@@ -125,22 +125,22 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
         monkeypatch.setattr(decoder, "forward", counted)
 
-    monkeypatch.setattr(_Call, "_prefill", counted_prefill)
-    monkeypatch.setattr(_Call, "_drop_holder", counted_drop)
-    monkeypatch.setattr(_Call, "_look", checked_look)
+    monkeypatch.setattr(Schedule, "_prefill", counted_prefill)
+    monkeypatch.setattr(Schedule, "_drop_holder", counted_drop)
+    monkeypatch.setattr(Schedule, "_look", checked_look)
     spy(LeanDecoder)
     spy(GenericDecoder)
     return w
 
 
-class _LaggingCall(_Call):
+class LaggingSchedule(Schedule):
     """The host's side as it is on a GPU: it plans for blocks of steps, and from the look before the last."""
 
     def __init__(self, engine: HybridEngine, *rest: Any):
         super().__init__(engine, *rest)
         self.block, self.cuda = engine.settings.look_every, True
 
-    def _look(self) -> _Look:
+    def _look(self) -> Look:
         self.cuda = False  # no pinned memory, no event
         try:
             return super()._look()
@@ -150,7 +150,7 @@ class _LaggingCall(_Call):
 
 def plan_as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, the lag, and batches that are rounded up, so that slots of nobody and of ended rows run with the others."""
-    monkeypatch.setattr(engine_module, "_Call", _LaggingCall)
+    monkeypatch.setattr(engine_module, "Schedule", LaggingSchedule)
     monkeypatch.setattr(DecodeLoop, "batch_for", lambda self, used: next(size for size in self.sizes if size >= used))
 
 
