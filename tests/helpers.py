@@ -182,11 +182,13 @@ def draw(
     logits: Tensor, sampling: Sampling, keys: Tensor, numbers: Tensor, seen: Tensor | None = None, eos: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """(token [B], logprob [B]) from logits [B, V], as the decode loop draws response token `numbers` [B]. seen: [B, V] bool, under the penalty."""
-    out = Outputs.empty(len(keys), 1, logits.shape[-1], logits.device, False, replace(sampling, entropy=False))
+    sampling = replace(sampling, entropy=False)
+    out = Outputs.empty(len(keys), 1, logits.shape[-1], logits.device, False, False, sampling.repetition_penalty != 1.0)
     if out.seen is not None and seen is not None:
         out.seen[: len(keys)] = seen
     least = torch.full_like(numbers, sampling.min_new_tokens)
     ends = torch.tensor(eos, dtype=torch.int64, device=logits.device)
+    out.forbid(sampling, ends, logits.shape[-1])
     return draw_tokens(logits, sampling, torch.arange(len(keys), device=logits.device), keys, numbers, least, ends, out)
 
 

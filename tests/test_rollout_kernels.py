@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from rlhf.rollout import kernels
 from rlhf.rollout.decoder import LeanDecoder, lean_layout
 from rlhf.rollout.loop import Outputs, Slots, record
 from rlhf.rollout.paged import CacheShape, DecodeStep, PagedCache
-from rlhf.rollout.sampler import gumbel_noise, row_keys, sample
+from rlhf.rollout.sampler import gumbel_noise, row_keys, sample, shape_logits
 from rlhf.rollout.weights import buffer_elements, views
 from rlhf.types import Sampling
 
@@ -227,13 +228,51 @@ def test_sample(vocabulary: int, temperature: float, noise: bool) -> None:
     logits = values(batch, vocabulary) * 3
     keys, positions = row_keys(3, 0, torch.arange(batch), torch.arange(batch) % 4), torch.arange(batch) * 7
     expected, logprobs = sample(logits.cpu(), temperature, noise, keys, positions)
-    token, logprob = kernels.sample(logits, temperature, noise, keys.to(DEVICE), positions.to(DEVICE))
+    token, logprob, _ = kernels.sample(logits, temperature, noise, keys.to(DEVICE), positions.to(DEVICE))
     assert torch.equal(token.cpu(), expected)
     torch.testing.assert_close(logprob.cpu(), logprobs, atol=1e-5, rtol=1e-5)
     source = torch.arange(batch) // 3
-    mapped, _ = kernels.sample(logits, temperature, noise, keys.to(DEVICE), positions.to(DEVICE), source.to(DEVICE))
+    mapped, _, _ = kernels.sample(logits, temperature, noise, keys.to(DEVICE), positions.to(DEVICE), source.to(DEVICE))
     assert torch.equal(mapped.cpu(), sample(logits.cpu()[source], temperature, noise, keys, positions)[0])
     assert gumbel_noise(keys, positions, torch.arange(8)).isfinite().all()
+
+
+FILTERS = [
+    Sampling(1, 0.7, top_k=50),
+    Sampling(1, 1.3, top_p=0.9),
+    Sampling(1, 1.0, top_k=40, top_p=0.8, min_p=0.05),
+    Sampling(1, 0.8, repetition_penalty=1.3, min_new_tokens=60, bad_token_ids=(7, 300)),
+    Sampling(1, 0.0, repetition_penalty=1.2, min_new_tokens=3),
+    Sampling(1, 1.0, top_p=0.9, repetition_penalty=1.1, bad_token_ids=(0,)),
+]
+
+
+@pytest.mark.parametrize("sampling", FILTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_filters_in_one_pass(sampling: Sampling, dtype: torch.dtype) -> None:
+    """Tokens, logprobs and entropies of `shape_logits` on CPU. With 16 bits many logits are equal, also at the thresholds."""
+    batch, vocabulary = 24, 5000
+    logits, eos = (values(batch, vocabulary) * 3).to(dtype), torch.tensor([3, 17])
+    if dtype == HALF:
+        logits = (logits * 4).round() / 4
+    keys, numbers = row_keys(3, 0, torch.arange(batch), torch.arange(batch) % 4), torch.arange(batch) * 5
+    seen = torch.rand(2 * batch, vocabulary, generator=torch.Generator().manual_seed(1)) < 0.3
+    rows, source = torch.arange(batch) * 2, torch.arange(batch) // 2
+    least = torch.full((batch,), sampling.min_new_tokens)
+    penalty = sampling.repetition_penalty != 1.0
+    shaped = shape_logits(logits.cpu()[source], sampling, numbers < least, eos, seen[rows] if penalty else None)
+    expected, logprobs = sample(shaped, 1.0, sampling.temperature > 0, keys, numbers)
+    out = Outputs.empty(2 * batch, 200, vocabulary, DEVICE, False, True, True)
+    out.forbid(sampling, eos.to(DEVICE), vocabulary)
+    forbidden = out.forbidden.get(sampling.bad_token_ids)
+    shaping = kernels.Shaping(replace(sampling, entropy=True), rows.to(DEVICE), least.to(DEVICE), forbidden, seen.to(DEVICE) if penalty else None)
+    token, logprob, entropy = kernels.sample(
+        logits, sampling.temperature or 1.0, sampling.temperature > 0, keys.to(DEVICE), numbers.to(DEVICE), source.to(DEVICE), shaping
+    )  # fmt: skip
+    assert torch.equal(token.cpu(), expected)
+    torch.testing.assert_close(logprob.cpu(), logprobs, atol=1e-4, rtol=1e-4)
+    logs = shaped.log_softmax(-1)
+    torch.testing.assert_close(entropy.cpu(), -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1), atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_of_nan_stays_within_bounds() -> None:
@@ -242,14 +281,14 @@ def test_a_row_of_nan_stays_within_bounds() -> None:
     logits[1:] = torch.nan
     keys, positions = torch.arange(3, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
     for noise in (True, False):
-        token, _ = kernels.sample(logits, 1.0, noise, keys, positions)
+        token, _, _ = kernels.sample(logits, 1.0, noise, keys, positions)
         assert bool(((token >= 0) & (token < 5000)).all())
 
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_record(forced: bool) -> None:
     cpu, batch, window = torch.device("cpu"), 9, 12
-    state, out = Slots.empty(batch, cpu), Outputs.empty(batch, window, 50, cpu, forced, Sampling(window))
+    state, out = Slots.empty(batch, cpu), Outputs.empty(batch, window, 50, cpu, forced, False, False)
     state.row.copy_(torch.randperm(batch, generator=torch.Generator().manual_seed(0)))
     state.new.copy_(torch.arange(batch) % 5)
     state.limit.fill_(5)

@@ -21,10 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlhf.config import ModelConfig
 from rlhf.models.loading import eos_token_ids, file_key, read_architecture, tensor_names, without_dropout
-from rlhf.rollout import kernels
 from rlhf.rollout.decoder import Decoder, LeanDecoder, is_lean, lean_layout
 from rlhf.rollout.generic import GenericDecoder, refuse_unsupported
-from rlhf.rollout.loop import DecodeLoop, Outputs, Slots
+from rlhf.rollout.loop import DecodeLoop, Outputs, Slots, draw_tokens
 from rlhf.rollout.memory import DeviceBuffer
 from rlhf.rollout.paged import PagedCache, PrefillStep, Segment
 from rlhf.rollout.schedule import FIRST_ROWS, Schedule, assemble
@@ -182,8 +181,10 @@ class HybridEngine:
                 loop.decoder.vocabulary,
                 self.device,
                 forced,
-                sampling,
+                sampling.entropy or (old is not None and old.entropies is not None),
+                sampling.repetition_penalty != 1.0 or (old is not None and old.seen is not None),
             )
+        self._outputs.forbid(sampling, self.eos, loop.decoder.vocabulary)
         if cuda and s.cuda_graphs:
             most = loop.batch_for(min(rows, s.max_batch))
             if not s.deterministic and isinstance(loop.decoder, LeanDecoder) and not loop.decoder.tuned:
@@ -201,7 +202,7 @@ class HybridEngine:
         logits = loop.decoder.forward(torch.zeros(2, dtype=torch.int64, device=self.device), step.positions, step, step.last)
         none = torch.zeros(1, dtype=torch.int64, device=self.device)
         assert logits is not None
-        kernels.sample(logits, sampling.temperature or 1.0, sampling.temperature > 0, none, none, none)
+        draw_tokens(logits, sampling, none + len(out.ids) - 1, none, none, none, self.eos, out, none)
         self._warm = True
 
     def _pages(self, max_context: int, page_bytes: int) -> int:

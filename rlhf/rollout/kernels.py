@@ -7,6 +7,7 @@ are those of the training forward but for the order of some sums. The module imp
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -453,10 +454,103 @@ def _mixed_key(KEY, NUMBER, row):
     return (mixed & 0xFFFFFFFF).to(tl.uint32), ((mixed >> 32) & 0xFFFFFFFF).to(tl.uint32)
 
 
+NEVER, END = 1, 2  # in `Shaping.forbidden`: a token that is never drawn, and one that may not come too early
+
+
+@dataclass
+class Shaping:
+    """What of `sampler.shape_logits` a step needs: each tensor is None where it is not asked for."""
+
+    sampling: Any  # types.Sampling
+    rows: Tensor  # [B] int64: row of `seen`
+    least: Tensor  # [B] int64: no end token before so many
+    forbidden: Tensor | None  # [V] uint8: NEVER, END
+    seen: Tensor | None  # [R, V] bool: tokens under the repetition penalty
+
+
+@triton.jit
+def _shaped(
+    LOGITS, FORBIDDEN, SEEN, token, vocabulary, early, penalty, temperature,
+    TEMPERED: tl.constexpr, FORBIDS: tl.constexpr, PENALISES: tl.constexpr,
+):  # fmt: skip
+    """float32 logits of `token` after penalty, forbidden tokens and temperature. LOGITS and SEEN begin at the row."""
+    inside = token < vocabulary
+    x = tl.load(LOGITS + token, mask=inside, other=-float("inf")).to(tl.float32)
+    if PENALISES:
+        seen = tl.load(SEEN + token, mask=inside, other=0) != 0
+        x = tl.where(seen, tl.where(x > 0, x / penalty, x * penalty), x)
+    if FORBIDS:
+        kind = tl.load(FORBIDDEN + token, mask=inside, other=0)
+        x = tl.where((kind == 1) | ((kind == 2) & early), -float("inf"), x)
+    if TEMPERED:
+        x = x / temperature
+    return x
+
+
+@triton.jit
+def _ordered(x):
+    """float32 <-> int32 of the same order."""
+    return x ^ ((x >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def _thresholds(
+    LOGITS, stride, SOURCE, ROW, NUMBER, LEAST, FORBIDDEN, SEEN, THRESHOLD, temperature, vocabulary, penalty, top_k, top_p, log_min_p,
+    MAPPED: tl.constexpr, TEMPERED: tl.constexpr, FORBIDS: tl.constexpr, PENALISES: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    source = row.to(tl.int64)
+    if MAPPED:
+        source = tl.load(SOURCE + row).to(tl.int64)
+    logits, seen = LOGITS + source * stride, SEEN
+    if PENALISES:
+        seen = SEEN + tl.load(ROW + row) * vocabulary
+    early = False
+    if FORBIDS:
+        early = tl.load(NUMBER + row) < tl.load(LEAST + row)
+    i = tl.arange(0, BLOCK)
+    most = -float("inf")
+    for begin in range(0, vocabulary, BLOCK):
+        x = _shaped(logits, FORBIDDEN, seen, begin + i, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
+        most = tl.maximum(most, tl.max(x, 0))
+    threshold = -float("inf")
+    for kind in tl.static_range(2):  # the k largest; then the least set of the largest whose mass is top_p of what is left
+        if (kind == 0 and TOP_K) or (kind == 1 and TOP_P):
+            target = top_k.to(tl.float32)
+            if kind == 1:
+                mass = 0.0
+                for begin in range(0, vocabulary, BLOCK):
+                    x = _shaped(logits, FORBIDDEN, seen, begin + i, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
+                    mass += tl.sum(tl.where(x >= threshold, tl.exp(x - most), 0.0), 0)
+                target = mass * top_p
+            # The least float with less than the target above it, by bisection over the floats in their order.
+            low = _ordered(tl.cast(threshold, tl.int32, bitcast=True)).to(tl.int64) - 1
+            high = _ordered(tl.cast(most, tl.int32, bitcast=True)).to(tl.int64)
+            while high - low > 1:
+                middle = (low + high) // 2
+                t = tl.cast(_ordered(middle.to(tl.int32)), tl.float32, bitcast=True)
+                above = 0.0
+                for begin in range(0, vocabulary, BLOCK):
+                    x = _shaped(logits, FORBIDDEN, seen, begin + i, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
+                    weight = tl.exp(x - most) if kind == 1 else tl.full([BLOCK], 1.0, tl.float32)
+                    above += tl.sum(tl.where(x > t, weight, 0.0), 0)
+                if above < target:
+                    high = middle
+                else:
+                    low = middle
+            threshold = tl.cast(_ordered(high.to(tl.int32)), tl.float32, bitcast=True)
+    tl.store(THRESHOLD + row, tl.maximum(threshold, most + log_min_p))
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _sample_parts(
-    LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, temperature, vocabulary, parts,
-    BLOCKS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
+    LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, MEAN, temperature, vocabulary, parts,
+    ROW, LEAST, FORBIDDEN, SEEN, THRESHOLD, penalty,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr,
+    FORBIDS: tl.constexpr, PENALISES: tl.constexpr, CUTS: tl.constexpr, ENTROPY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(1), tl.program_id(0)
     if EARLY:
@@ -464,18 +558,28 @@ def _sample_parts(
     source = row.to(tl.int64)
     if MAPPED:
         source = tl.load(SOURCE + row).to(tl.int64)
+    seen = SEEN
+    if PENALISES:
+        seen = SEEN + tl.load(ROW + row) * vocabulary
+    early = False
+    if FORBIDS:
+        early = tl.load(NUMBER + row) < tl.load(LEAST + row)
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     token = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    x = tl.load(LOGITS + source * stride + token, mask=token < vocabulary, other=-float("inf")).to(tl.float32)
-    if TEMPERED:
-        x = x / temperature
+    x = _shaped(LOGITS + source * stride, FORBIDDEN, seen, token, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
+    if CUTS:
+        x = tl.where(x >= tl.load(THRESHOLD + row), x, -float("inf"))
     most = tl.maximum(tl.max(x, 1), -1e38)  # of each block; a block without any allowed token must not give inf - inf
-    total = tl.sum(tl.exp(x - most[:, None]), 1)
+    p = tl.exp(x - most[:, None])
+    total = tl.sum(p, 1)
     top = tl.max(most, 0)
     out = row * parts + part
     # Logits may be NaN where nobody is (an empty slot), and should a model diverge: nothing may be read out of bounds then.
     tl.store(TOP + out, top)
     tl.store(SUM + out, tl.sum(total * tl.exp(most - top), 0))
+    if ENTROPY:
+        weighted = tl.sum(tl.where(p > 0, p * x, 0.0), 1)
+        tl.store(MEAN + out, tl.sum(weighted * tl.exp(most - top), 0))
     value = most
     if NOISE:
         low, high = _mixed_key(KEY, NUMBER, row)
@@ -487,8 +591,10 @@ def _sample_parts(
 
 @triton.jit(do_not_specialize=["parts"])
 def _sample_merge(
-    LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, TOKEN, LOGPROB, temperature, vocabulary, parts,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
+    LOGITS, stride, SOURCE, KEY, NUMBER, BEST, WHERE, TOP, SUM, MEAN, TOKEN, LOGPROB, ENTROPIES, temperature, vocabulary, parts,
+    ROW, LEAST, FORBIDDEN, SEEN, THRESHOLD, penalty,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, MAPPED: tl.constexpr,
+    FORBIDS: tl.constexpr, PENALISES: tl.constexpr, CUTS: tl.constexpr, ENTROPY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if EARLY:
@@ -499,14 +605,24 @@ def _sample_merge(
     block = tl.minimum(tl.load(WHERE + row * parts + winner), (vocabulary - 1) // WIDTH)
     top = tl.load(TOP + row * parts + i, mask=inside, other=-1e38)
     most = tl.max(top, 0)
-    total = tl.sum(tl.load(SUM + row * parts + i, mask=inside, other=0.0) * tl.exp(top - most), 0)
+    scale = tl.exp(top - most)
+    total = tl.sum(tl.load(SUM + row * parts + i, mask=inside, other=0.0) * scale, 0)
+    if ENTROPY:
+        mean = tl.sum(tl.load(MEAN + row * parts + i, mask=inside, other=0.0) * scale, 0) / total
+        tl.store(ENTROPIES + row, most + tl.log(total) - mean)
     source = row.to(tl.int64)
     if MAPPED:
         source = tl.load(SOURCE + row).to(tl.int64)
+    seen = SEEN
+    if PENALISES:
+        seen = SEEN + tl.load(ROW + row) * vocabulary
+    early = False
+    if FORBIDS:
+        early = tl.load(NUMBER + row) < tl.load(LEAST + row)
     token = block * WIDTH + tl.arange(0, WIDTH)
-    x = tl.load(LOGITS + source * stride + token, mask=token < vocabulary, other=-float("inf")).to(tl.float32)
-    if TEMPERED:
-        x = x / temperature
+    x = _shaped(LOGITS + source * stride, FORBIDDEN, seen, token, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
+    if CUTS:
+        x = tl.where(x >= tl.load(THRESHOLD + row), x, -float("inf"))
     value = x
     if NOISE:
         low, high = _mixed_key(KEY, NUMBER, row)
@@ -517,28 +633,50 @@ def _sample_merge(
     tl.store(LOGPROB + row, chosen - most - tl.log(total))
 
 
-def sample(logits: Tensor, temperature: float, noise: bool, keys: Tensor, positions: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`sampler.sample` in one pass over the logits [m, V]: (token [B] int64, logprob [B] float32).
+def sample(
+    logits: Tensor, temperature: float, noise: bool, keys: Tensor, positions: Tensor, source: Tensor | None = None, shaping: Shaping | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sampler.sample` of `sampler.shape_logits` without writing the shaped logits down: (token [B] int64, logprob [B], entropy [B] float32).
 
-    source: [B] row of `logits` for each sampled row; None = its own. temperature 1 = as given."""
+    logits: [m, V], source: [B] row of them for each sampled row; None = its own. temperature 1 = as given. The entropy is defined only where
+    `shaping` asks for it. top-k and top-p cost a search for the threshold, about thirty passes over a row that stays in the cache."""
     batch, vocabulary = len(keys), logits.shape[1]
     blocks = 32
     parts = triton.cdiv(vocabulary, blocks * SAMPLE_BLOCK)
     device = logits.device
-    best, top, total = torch.empty(3, batch, parts, device=device)
+    best, top, total, mean = torch.empty(4, batch, parts, device=device)
     where = torch.empty(batch, parts, dtype=torch.int32, device=device)
     token, logprob = torch.empty(batch, dtype=torch.int64, device=device), torch.empty(batch, device=device)
     mapped = keys if source is None else source
-    flags = (noise, temperature != 1.0, source is not None)
+    rows = least = forbidden = seen = keys
+    threshold = entropy = logprob
+    s = shaping.sampling if shaping is not None else None
+    penalty, cuts = 1.0, False
+    forbids = penalises = False
+    if shaping is not None:
+        rows, least, penalty = shaping.rows, shaping.least, s.repetition_penalty
+        forbids, penalises = shaping.forbidden is not None, shaping.seen is not None
+        forbidden, seen = (keys if t is None else t for t in (shaping.forbidden, shaping.seen))
+        entropy = torch.empty_like(logprob)
+        cuts = s.temperature > 0 and (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)
+        if cuts:
+            threshold = torch.empty(batch, device=device)
+            _thresholds[(batch,)](
+                logits, logits.stride(0), mapped, rows, positions, least, forbidden, seen, threshold, temperature, vocabulary, penalty,
+                min(s.top_k, vocabulary), s.top_p, math.log(s.min_p) if s.min_p > 0 else -math.inf,
+                source is not None, temperature != 1.0, forbids, penalises, s.top_k > 0, s.top_p < 1, 4096, num_warps=8, **_early(),
+            )  # fmt: skip
+    flags = (noise, temperature != 1.0, source is not None, forbids, penalises, cuts, s is not None and s.entropy)
+    shape = (rows, least, forbidden, seen, threshold, penalty)
     _sample_parts[(parts, batch)](
-        logits, logits.stride(0), mapped, keys, positions, best, where, top, total, temperature, vocabulary, parts, blocks, SAMPLE_BLOCK, *flags,
-        num_warps=4, **_early(),
+        logits, logits.stride(0), mapped, keys, positions, best, where, top, total, mean, temperature, vocabulary, parts, *shape,
+        blocks, SAMPLE_BLOCK, *flags, num_warps=4, **_early(),
     )  # fmt: skip
     _sample_merge[(batch,)](
-        logits, logits.stride(0), mapped, keys, positions, best, where, top, total, token, logprob, temperature, vocabulary, parts,
-        triton.next_power_of_2(parts), SAMPLE_BLOCK, *flags, num_warps=1, **_early(),
+        logits, logits.stride(0), mapped, keys, positions, best, where, top, total, mean, token, logprob, entropy, temperature, vocabulary, parts,
+        *shape, triton.next_power_of_2(parts), SAMPLE_BLOCK, *flags, num_warps=1, **_early(),
     )  # fmt: skip
-    return token, logprob
+    return token, logprob, entropy
 
 
 @triton.jit(do_not_specialize=["batch", "window", "ends"])

@@ -47,6 +47,15 @@ class Slots:
             tensor[: len(order)] = tensor[order]
 
 
+def shape_of(sampling: Sampling) -> Sampling:
+    """What of it a captured step depends on."""
+    return replace(sampling, max_new_tokens=0, seed=0, stream=0, stop=())
+
+
+def forbids(sampling: Sampling) -> bool:
+    return bool(sampling.bad_token_ids) or sampling.min_new_tokens > 0
+
+
 @dataclass
 class Outputs:
     """One entry per row of the call. `forced` [R] int64: a row ends exactly there (0 = by itself); `lengths` itself where nothing is forced."""
@@ -58,9 +67,10 @@ class Outputs:
     forced: Tensor  # [R] int64
     entropies: Tensor | None  # [R, W] float32
     seen: Tensor | None  # [R, V] bool: tokens of prompt and response, for the repetition penalty
+    forbidden: dict[tuple[int, ...], Tensor]  # bad tokens -> [V] uint8: these, and end tokens, which may not come too early
 
     @classmethod
-    def empty(cls, rows: int, window: int, vocabulary: int, device: torch.device, forced: bool, sampling: Sampling) -> Outputs:
+    def empty(cls, rows: int, window: int, vocabulary: int, device: torch.device, forced: bool, entropy: bool, penalty: bool) -> Outputs:
         rows += 1  # the last for slots that are not live
         lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         return cls(
@@ -69,14 +79,22 @@ class Outputs:
             lengths=lengths,
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
             forced=torch.zeros_like(lengths) if forced else lengths,
-            entropies=torch.zeros(rows, window, device=device) if sampling.entropy else None,
-            seen=torch.zeros(rows, vocabulary, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1.0 else None,
+            entropies=torch.zeros(rows, window, device=device) if entropy else None,
+            seen=torch.zeros(rows, vocabulary, dtype=torch.bool, device=device) if penalty else None,
+            forbidden={},
         )
 
     def fits(self, rows: int, window: int, forced: bool, sampling: Sampling) -> bool:
-        kinds = ((self.forced is not self.lengths) == forced, (self.entropies is not None) == sampling.entropy)
-        penalised = (self.seen is not None) == (sampling.repetition_penalty != 1.0)
-        return self.ids.shape[0] > rows and self.ids.shape[1] >= window and all(kinds) and penalised
+        enough = self.ids.shape[0] > rows and self.ids.shape[1] >= window and (self.forced is not self.lengths) == forced
+        return enough and (self.entropies is not None or not sampling.entropy) and (self.seen is not None or sampling.repetition_penalty == 1.0)
+
+    def forbid(self, sampling: Sampling, eos: Tensor, vocabulary: int) -> None:
+        """Prepare for the forbidden tokens of `sampling`; a captured step can only read them."""
+        if forbids(sampling) and sampling.bad_token_ids not in self.forbidden:
+            mask = torch.zeros(vocabulary, dtype=torch.uint8, device=eos.device)
+            mask[eos] = kernels.END
+            mask[list(sampling.bad_token_ids)] = kernels.NEVER
+            self.forbidden[sampling.bad_token_ids] = mask
 
     def clear(self) -> None:
         for tensor in (self.logprobs, self.lengths, self.finished, self.forced, self.entropies, self.seen):
@@ -96,23 +114,25 @@ def draw_tokens(
     source: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(token [B], logprob [B]) of response token `numbers` [B] of `rows` [B]. logits: [B, V], or [m, V] and `source` [B] says whose are whose."""
-    on_gpu = logits.device.type == "cuda"
-    if not plain(sampling):
-        logits = shape_logits(
-            logits if source is None else logits[source], sampling, numbers < least, eos, None if out.seen is None else out.seen[rows]
-        )
-        if out.entropies is not None:
-            logs = logits.log_softmax(-1)
-            entropy = -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1)
-            out.entropies[rows, numbers] = entropy
-        source = None
-    temperature = sampling.temperature if plain(sampling) and sampling.temperature > 0 else 1.0
-    if on_gpu:
-        token, logprob = kernels.sample(logits, temperature, sampling.temperature > 0, keys, numbers, source)
+    temperature, entropy = sampling.temperature if sampling.temperature > 0 else 1.0, None
+    seen = out.seen if sampling.repetition_penalty != 1.0 else None
+    if logits.device.type == "cuda":
+        forbidden = out.forbidden[sampling.bad_token_ids] if forbids(sampling) else None
+        shaping = None if plain(sampling) else kernels.Shaping(sampling, rows, least, forbidden, seen)
+        token, logprob, entropy = kernels.sample(logits, temperature, sampling.temperature > 0, keys, numbers, source, shaping)
     else:
-        token, logprob = sample(logits if source is None else logits[source], temperature, sampling.temperature > 0, keys, numbers)
-    if out.seen is not None:
-        out.seen[rows, token] = True
+        logits = logits if source is None else logits[source]
+        if not plain(sampling):
+            logits, temperature = shape_logits(logits, sampling, numbers < least, eos, None if seen is None else seen[rows]), 1.0
+            if sampling.entropy:
+                logs = logits.log_softmax(-1)
+                entropy = -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1)
+        token, logprob = sample(logits, temperature, sampling.temperature > 0, keys, numbers)
+    if sampling.entropy:
+        assert out.entropies is not None and entropy is not None
+        out.entropies[rows, numbers] = entropy
+    if seen is not None:
+        seen[rows, token] = True
     return token, logprob
 
 
@@ -143,11 +163,6 @@ def batch_sizes(most: int) -> list[int]:
     return [*(s for s in sizes if s < most), most]
 
 
-def _shape(sampling: Sampling) -> Sampling:
-    """What of it a captured step depends on."""
-    return replace(sampling, max_new_tokens=0, seed=0, stream=0, stop=())
-
-
 class DecodeLoop:
     """Runs decode steps over the first slots. Captured graphs stay valid while cache, state and outputs keep their addresses."""
 
@@ -175,7 +190,7 @@ class DecodeLoop:
         if not self.graphs:
             self._eager(batch, sampling, out)
             return
-        key = (batch, _shape(sampling))
+        key = (batch, shape_of(sampling))
         if key not in self._captured:
             self.capture([batch], sampling, out)
         self._captured[key].replay()
@@ -201,7 +216,7 @@ class DecodeLoop:
         live = self.state.live.clone()
         self.state.live.zero_()
         for batch in sorted(batches, reverse=True):
-            key = (batch, _shape(sampling))
+            key = (batch, shape_of(sampling))
             if key in self._captured:
                 continue
             self._stream.wait_stream(torch.cuda.current_stream())

@@ -107,10 +107,10 @@ def shape_logits(logits: Tensor, sampling: Sampling, too_early: Tensor, eos: Ten
         kth = out.topk(min(sampling.top_k, out.shape[-1]), dim=-1).values[:, -1:]
         out = out.masked_fill(out < kth, -torch.inf)
     if sampling.top_p < 1:
-        ordered, index = out.sort(dim=-1, descending=True)
+        ordered = out.sort(dim=-1, descending=True).values
         probabilities = ordered.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p  # the token that crosses top_p is kept
-        out = out.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+        kept = probabilities.cumsum(-1) - probabilities < sampling.top_p  # with the token that crosses top_p, and all that are equal to it
+        out = out.masked_fill(out < ordered.gather(-1, kept.sum(-1, keepdim=True) - 1), -torch.inf)
     if sampling.min_p > 0:
         out = out.masked_fill(out < out.amax(-1, keepdim=True) + math.log(sampling.min_p), -torch.inf)
     return out

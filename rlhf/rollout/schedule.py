@@ -401,7 +401,7 @@ class Schedule:
             group = entering + waiting.rows
             rows += group
             source += [i] * len(group)
-            if self.out.seen is not None:
+            if self.out.seen is not None and self.sampling.repetition_penalty != 1.0:
                 self.out.seen[upload(np.array(group), self.device)[:, None], upload(np.array(waiting.ids), self.device)[None]] = True
         for start in range(0, len(rows), FIRST_ROWS):
             self._first(rows[start : start + FIRST_ROWS], source[start : start + FIRST_ROWS], logits)
@@ -486,7 +486,7 @@ class Schedule:
         out, window = self.out, self.sampling.max_new_tokens
         lengths, finished = out.lengths[index].cpu(), out.finished[index].cpu()
         ids, logprobs = out.ids[index, :window].cpu(), out.logprobs[index, :window].cpu()
-        entropies = None if out.entropies is None else out.entropies[index, :window].cpu()
+        entropies = out.entropies[index, :window].cpu() if out.entropies is not None and self.sampling.entropy else None
         if self.sampling.stop:
             self._search_stops(np.array(rows), lengths.numpy())
             for i, r in enumerate(rows):
