@@ -27,7 +27,7 @@ Scorer = Callable[[MicroBatch], Tensor]
 class ExperiencePasses:
     """The model passes over a rollout: micro-batch -> [b, r] logprobs, or [b, r + 1] values. None: not needed."""
 
-    old_logprobs: Scorer
+    old_logprobs: Scorer | None
     ref_logprobs: Scorer | None
     values: Scorer | None
 
@@ -61,16 +61,19 @@ def training_mask(rollout: Rollout, valid: Tensor, algorithm: AlgorithmConfig) -
 
 def shared_pass(scorer: Scorer, rollout: Rollout, mask: Tensor, plan: Sequence[MicroBatchPlan], width: int, world: World) -> Tensor:
     """[B, width] result of a model pass over all rows, each rank running its plan. (collective)"""
-    rows: list[int] = []
-    results = [torch.zeros(0, width)]
+    results = []
     for part in plan:
         batch = collate(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, mask, part).to(world.device)
-        result = scorer(batch).float().cpu()
+        results.append((part, scorer(batch)))
         world.beat()
-        if not part.weightless:
-            rows += part.rows
-            results.append(torch.nn.functional.pad(result, (0, width - result.shape[1])))
-    return world.gather_indexed(rows, torch.cat(results), len(rollout))
+    return gather_results(results, len(rollout), width, world)
+
+
+def gather_results(results: Sequence[tuple[MicroBatchPlan, Tensor]], rows: int, width: int, world: World) -> Tensor:
+    """[rows, width] from what every rank has of its forwards, [b, <= width] each; 0 for rows that nobody has. (collective)"""
+    kept = [(part, result) for part, result in results if not part.weightless]
+    padded = [torch.nn.functional.pad(result.float().cpu(), (0, width - result.shape[1])) for _, result in kept]
+    return world.gather_indexed([row for part, _ in kept for row in part.rows], torch.cat([torch.zeros(0, width), *padded]), rows)
 
 
 def make_experience(
@@ -85,15 +88,16 @@ def make_experience(
     """Everything the update needs. (collective)
 
     `plan` should be the first epoch's update plan: then old logprobs and the update's first logprobs come from the same forwards and
-    are the same bits in float32 (trap 2).
+    are the same bits in float32 (trap 2). Without a pass for old logprobs, they are left to the update (`rl.needs_old_logprobs`).
     """
     mask = training_mask(rollout, scores.valid, algorithm)
     window = mask.shape[1]
-    old = shared_pass(passes.old_logprobs, rollout, mask, plan, window, world)
+    old = shared_pass(passes.old_logprobs, rollout, mask, plan, window, world) if passes.old_logprobs else None
     ref = shared_pass(passes.ref_logprobs, rollout, mask, plan, window, world) if passes.ref_logprobs else None
     values = shared_pass(passes.values, rollout, mask, plan, window + 1, world) if passes.values else None
     rewards = token_rewards(rollout, scores, mask, algorithm.truncation)
     if ref is not None and algorithm.kl.place == "reward":
+        assert old is not None
         rewards = rewards - kl_coef * torch.where(mask, k1(old, ref), torch.zeros_like(old))
     result = ADVANTAGES[algorithm.advantage](
         AdvantageInput(
@@ -123,6 +127,6 @@ def token_rewards(rollout: Rollout, scores: Scores, mask: Tensor, truncation: st
 
 def kl_per_response(experience: Experience) -> float:
     """Mean over trained responses of the summed k1 estimate, in nats."""
-    assert experience.ref_logprobs is not None
+    assert experience.old_logprobs is not None and experience.ref_logprobs is not None
     total = masked_sum(k1(experience.old_logprobs, experience.ref_logprobs), experience.mask)
     return float(total / experience.mask.any(1).sum().clamp(min=1))

@@ -106,7 +106,7 @@ class Experience:
     rollout: Rollout
     scores: Scores
     mask: Tensor  # [B, R] bool: tokens that train
-    old_logprobs: Tensor  # [B, R] float32, of the policy before the update
+    old_logprobs: Tensor | None  # [B, R] float32, of the policy before the update; None until the update's own forwards give them
     ref_logprobs: Tensor | None  # [B, R] float32
     values: Tensor | None  # [B, R + 1] float32: values[:, j] precedes token j; the one after the last token is the bootstrap
     rewards: Tensor  # [B, R] float32 per token, KL penalty included
@@ -138,3 +138,4 @@ class LossOutput:
 
     loss_sum: Tensor  # scalar with grad
     metrics: dict[str, Tensor]  # name -> scalar sum over this micro-batch; divided by the global token count when reported
+    logprobs: Tensor | None = None  # [b, r] of the policy that the loss was computed with, without gradient

@@ -54,6 +54,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder (config.json, *.safetensors, tokenizer)")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="jsonl, json, csv, parquet (each as in data.train), or txt")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model folder brings along")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON lines go; default: stdout")
     rows = parser.add_argument_group("prompts")
     rows.add_argument("--prompt_key", default="prompt", help="column of the prompt")
@@ -226,9 +227,9 @@ def generate(a: argparse.Namespace) -> None:
     from rlhf.rollout import EngineSettings, HybridEngine
     from rlhf.types import Sampling
 
-    model = ModelConfig(path=a.model, dtype=a.dtype)
+    model = ModelConfig(path=a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
     architecture = read_architecture(model, "model")
-    tokenizer = load_tokenizer(a.model)
+    tokenizer = load_tokenizer(a.model, a.trust_remote_code)
     prompts, summary = read_prompts(a, tokenizer)
     context = check_lengths(prompts, a.max_new_tokens, getattr(architecture.get_text_config(), "max_position_embeddings", None))
     total = len(prompts) * a.samples
@@ -237,7 +238,8 @@ def generate(a: argparse.Namespace) -> None:
     if world.is_main:
         say(summary)
     settings = EngineSettings(max_batch=min(a.max_batch, total), max_context=context, cache_tokens=a.cache_tokens)
-    engine = HybridEngine.from_folder(a.model, settings, world.device, model_dtype(model, world.device), tokenizer, world.beat)
+    dtype = model_dtype(model, world.device)
+    engine = HybridEngine.from_folder(a.model, settings, world.device, dtype, tokenizer, world.beat, a.trust_remote_code)
     ends = set(engine.eos.tolist())
     sampling = Sampling(
         a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.min_new_tokens, stop=tuple(a.stop), seed=a.seed

@@ -102,12 +102,21 @@ class HybridEngine:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, settings: EngineSettings, device: torch.device, dtype: torch.dtype, tokenizer: Any, beat: Callable[[], None] = lambda: None
+        cls,
+        folder: Path,
+        settings: EngineSettings,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokenizer: Any,
+        beat: Callable[[], None] = lambda: None,
+        trust_remote_code: bool = False,
     ) -> HybridEngine:
         """An engine with the weights of a model folder (safetensors), for use without the trainer. ValueError if the folder is no such model."""
-        config = without_dropout(read_architecture(ModelConfig(path=folder), "model"))
+        config = without_dropout(read_architecture(ModelConfig(path=folder, trust_remote_code=trust_remote_code), "model"))
         ends = eos_token_ids(folder, tokenizer, [])
-        engine = cls(config, ends, int(tokenizer.pad_token_id), settings, device, dtype, beat, lambda ids: str(tokenizer.decode(ids)))
+        engine = cls(
+            config, ends, int(tokenizer.pad_token_id), settings, device, dtype, beat, lambda ids: str(tokenizer.decode(ids)), trust_remote_code
+        )  # fmt: skip
         files = tensor_names(folder)
         prefix = "model" if engine.lean else engine._model.model.base_model_prefix
         keys = {name: file_key(name, engine.aliases.get(name, []), files, prefix) for name in engine.weights}

@@ -20,7 +20,7 @@ from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_o
 from rlhf.data import DrawSampler, load_prompts
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, StepResult, TrainEngine, loading_context
-from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience
+from rlhf.experience import ExperiencePasses, gather_results, gather_rollout, kl_per_response, make_experience
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
 from rlhf.models.forward import response_logprobs, response_values
 from rlhf.models.loading import (
@@ -126,11 +126,11 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         epochs = [plan_epoch(config, step, epoch, lengths, world) for epoch in range(algorithm.epochs)]
         first_epoch = [micro_batch for minibatch in epochs[0] for micro_batch in minibatch.plan]
         experience = make_experience(
-            rollout, scores, passes(models, config, timer), first_epoch, algorithm, kl_controller.coef, world
+            rollout, scores, passes(models, config, timer, needs_old_logprobs(config, step)), first_epoch, algorithm, kl_controller.coef, world
         )  # (collective)
-        metrics = describe_experience(experience, kl_controller.coef)
 
         update = UpdateMetrics(world)
+        seen: list[tuple[MicroBatchPlan, Tensor]] = []  # logprobs of the update's own forwards
         for minibatch in (m for epoch in epochs for m in epoch):
             counts = denominators(experience, minibatch.rows, config)
             if counts["tokens"] == 0:  # the same on every rank: nothing to learn here, and no stale gradient either (trap 22)
@@ -143,6 +143,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
                         loss = policy_loss(models.actor, batch, config, kl_controller.coef)
                         models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])  # (collective)
                         update.add(loss, counts["tokens"])
+                        if experience.old_logprobs is None and loss.logprobs is not None:
+                            seen.append((part, loss.logprobs))
                     update.stepped("actor", models.actor.step())  # (collective)
             if models.critic is not None:
                 with timer.phase("update_critic"):
@@ -152,6 +154,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
                         models.critic.backward(loss.loss_sum, counts["tokens"])  # (collective)
                         update.add(loss, counts["tokens"])
                     update.stepped("critic", models.critic.step())  # (collective)
+        if experience.old_logprobs is None:
+            experience.old_logprobs = gather_results(seen, len(rollout), experience.mask.shape[1], world)  # (collective)
+        metrics = describe_experience(experience, kl_controller.coef)
         metrics |= update.metrics()  # (collective)
         if experience.ref_logprobs is not None and bool(experience.mask.any()):
             kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
@@ -170,7 +175,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             state = {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict()}
             run.save(step, metrics, models.engines, state, "actor")  # (collective)
-        run.end_step(step, metrics | accounting(rollout, actor_updates=len(update.steps["actor"])))
+        run.end_step(step, metrics | accounting(step, rollout, actor_updates=len(update.steps["actor"])))
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -296,7 +301,16 @@ def sampling(config: Config) -> Sampling:
     return Sampling(config.rollout.max_new_tokens, config.rollout.temperature, seed=config.seed)
 
 
-def passes(models: Models, config: Config, timer: PhaseTimer) -> ExperiencePasses:
+def needs_old_logprobs(config: Config, step: int) -> bool:
+    """Whether the policy is scored before the update. In a step with one update its own logprobs are the old ones, exactly: the ratio is 1. Only a KL
+    penalty in the reward needs them before."""
+    algorithm = config.algorithm
+    single = algorithm.epochs * algorithm.minibatches == 1 and step > algorithm.critic_warmup_steps
+    penalised = algorithm.kl.place == "reward" and config.uses_reference
+    return not single or penalised
+
+
+def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool = True) -> ExperiencePasses:
     """The scoring forwards, each timed under verl's name."""
     temperature = config.rollout.temperature
     reference, critic = models.reference, models.critic
@@ -309,7 +323,7 @@ def passes(models: Models, config: Config, timer: PhaseTimer) -> ExperiencePasse
         return run
 
     return ExperiencePasses(
-        old_logprobs=timed("old_log_prob", lambda batch: response_logprobs(models.actor.score, batch, temperature)[0]),
+        old_logprobs=timed("old_log_prob", lambda batch: response_logprobs(models.actor.score, batch, temperature)[0]) if old_logprobs else None,
         ref_logprobs=timed("ref", lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
         values=timed("values", lambda batch: response_values(critic.score, batch)) if critic else None,
     )
@@ -319,6 +333,7 @@ def describe_experience(experience: Experience, kl_coef: float) -> dict[str, flo
     """Metrics of a rollout batch, computed from all rows on every rank."""
     e, mask = experience, experience.mask
     valid = e.scores.valid
+    assert e.old_logprobs is not None
     lengths = e.rollout.response_lengths.float()
     distance = (e.old_logprobs - e.rollout.rollout_logprobs)[mask].abs()
     metrics = {
@@ -379,7 +394,9 @@ def denominators(experience: Experience, rows: list[int], config: Config) -> dic
 
 def micro_batch_of(experience: Experience, part: MicroBatchPlan) -> MicroBatch:
     e, r = experience, experience.rollout
-    columns = {"old_logprobs": e.old_logprobs, "advantages": e.advantages}
+    columns = {"advantages": e.advantages}
+    if e.old_logprobs is not None:
+        columns["old_logprobs"] = e.old_logprobs
     if e.ref_logprobs is not None:
         columns["ref_logprobs"] = e.ref_logprobs
     if e.values is not None and e.returns is not None:
@@ -391,22 +408,21 @@ def policy_loss(forward: Callable[..., Any], batch: MicroBatch, config: Config, 
     """Policy loss + KL term - entropy bonus, summed over this micro-batch."""
     algorithm, mask, columns = config.algorithm, batch.mask, batch.columns
     logprobs, entropy = response_logprobs(forward, batch, config.rollout.temperature, entropy_gradient=algorithm.entropy_coef > 0)
+    old = columns.get("old_logprobs", logprobs.detach())
     loss = POLICY_LOSSES[algorithm.policy_loss]
-    per_token, metrics = loss(
-        logprobs, columns["old_logprobs"], columns["advantages"], mask, clip_eps_low=algorithm.clip_eps_low, clip_eps_high=algorithm.clip_eps_high
-    )
+    per_token, metrics = loss(logprobs, old, columns["advantages"], mask, clip_eps_low=algorithm.clip_eps_low, clip_eps_high=algorithm.clip_eps_high)
     metrics["actor/pg_loss"] = per_token.detach().sum()
     metrics["actor/entropy"] = masked_sum(entropy.detach(), mask)
     if algorithm.entropy_coef:
         per_token = per_token - algorithm.entropy_coef * torch.where(mask, entropy, torch.zeros_like(entropy))
     if algorithm.kl.place == "loss" and algorithm.kl.coef:
         # Masked before the exponential: beyond a response it may overflow, and 0 * inf in the backward pass would be NaN everywhere.
-        kept = [torch.where(mask, x, torch.zeros_like(x)) for x in (logprobs, columns["old_logprobs"], columns["ref_logprobs"])]
+        kept = [torch.where(mask, x, torch.zeros_like(x)) for x in (logprobs, old, columns["ref_logprobs"])]
         kl = kl_loss(algorithm.kl.estimator, *kept)
         metrics["actor/kl_loss"] = kl.detach().sum()
         per_token = per_token + kl_coef * kl
     weight = 1 / mask.sum(1, keepdim=True).clamp(min=1) if algorithm.loss_mean == "sequences" else torch.ones_like(per_token[:, :1])
-    return LossOutput((per_token * weight).sum(), metrics)
+    return LossOutput((per_token * weight).sum(), metrics, logprobs.detach())
 
 
 def critic_loss(forward: Callable[..., Any], batch: MicroBatch, algorithm: AlgorithmConfig) -> LossOutput:
@@ -454,12 +470,13 @@ class Accounting:
         self.shape = model_shape(models.hybrid_engine.config)
         self.scalar = model_shape(models.hybrid_engine.config, head_outputs=1)
 
-    def __call__(self, rollout: Rollout, actor_updates: int) -> dict[str, float]:
+    def __call__(self, step: int, rollout: Rollout, actor_updates: int) -> dict[str, float]:
         p, n = rollout.prompt_lengths.numpy(), rollout.response_lengths.numpy()
         tokens, responses, ranks = int((p + n).sum()), int(n.sum()), self.world.size
         epochs = self.config.algorithm.epochs
         self.timer.add("gen", responses // ranks, rollout_flops(self.shape, rollout.draw.numpy(), p, n) / ranks)
-        self.timer.add("old_log_prob", tokens // ranks, forward_flops(self.shape, p + n, responses) / ranks)
+        if needs_old_logprobs(self.config, step):
+            self.timer.add("old_log_prob", tokens // ranks, forward_flops(self.shape, p + n, responses) / ranks)
         if self.models.reference:
             self.timer.add("ref", tokens // ranks, forward_flops(self.shape, p + n, responses) / ranks)
         lora = self.config.actor.lora is not None

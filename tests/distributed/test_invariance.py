@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.distributed import World
+from rlhf.experience import gather_results
+from rlhf.trainers.rl import describe_experience
 from rlhf.types import Rollout, Scores
 from tests.distributed.steps import experience_of, open_models, update, weights
 from tests.helpers import make_rollout, make_scores, relative, rl_config, run_ranks
@@ -194,3 +196,38 @@ def test_gradient_is_that_of_a_plain_program(models: Path, algorithm: str) -> No
     assert expected.keys() == found.keys()
     for name in expected:
         assert relative(found[name], expected[name]) < 1e-5, name
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# A step with a single update needs no pass for old logprobs
+
+
+def with_and_without_pass(world: World, models: Path, algorithm: str) -> list[dict[str, Tensor]]:
+    results = []
+    for old_logprobs in (True, None):
+        config = rl_config(
+            models,
+            3,
+            actor={"learning_rate": 1.0},
+            reference={"path": models / "reference"},
+            algorithm=ALGORITHMS[algorithm],
+            rollout={"prompts": 5, "group_size": 3, "max_new_tokens": 12, "temperature": TEMPERATURE},
+            train={"micro_batch": 4},
+        )
+        held, run = open_models(config, world)
+        experience = experience_of(held, run, *data(), old_logprobs=old_logprobs)
+        assert (experience.old_logprobs is None) == (old_logprobs is None)
+        seen = update(held, run, experience)["logprobs"]
+        if experience.old_logprobs is None:
+            experience.old_logprobs = gather_results(seen, len(experience.rollout), 12, world)
+        known = torch.where(experience.rollout.response_mask, experience.old_logprobs, 0.0)
+        results.append(weights(held.actor) | {"old": known, "kl": torch.tensor(describe_experience(experience, 0.1).get("actor/kl", 0.0))})
+    return results
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
+def test_trap_2_a_single_update_needs_no_pass_for_old_logprobs(models: Path, algorithm: str) -> None:
+    """trap 2: weights, logprobs and KL are the same bit for bit, on two ranks with a filler and a row that trains nothing."""
+    for with_pass, without in run_ranks(with_and_without_pass, 2, models, algorithm):
+        for name, tensor in with_pass.items():
+            assert torch.equal(tensor, without[name]), name
