@@ -663,6 +663,12 @@ def resolve_deepspeed(
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{origin}: `zero_optimization.stage` is {stage!r}; 0, 1, 2 or 3")
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key, "auto") not in ("auto", False):
+            raise ValueError(
+                f"{origin}: `zero_optimization.{key}`: forwards and rollouts would compute with other weights than are trained; remove it"
+            )
+        zero.pop(key, None)
     overlap = zero.get("overlap_comm", "auto")
     if overlap == "auto":
         overlap = stage >= 2 and on_gpu

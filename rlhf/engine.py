@@ -217,12 +217,14 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
         if i in checked:
             wrong += _differing(source.weight, view, world, turn)
         if source.lora_a is not None and source.lora_b is not None:
-            before = view[:CHECKED].clone() if i in checked else None
             a, b = adapters[id(source.lora_a)], adapters[id(source.lora_b)]
+            first = turn * CHECKED % len(view)
+            rows = slice(first, first + CHECKED)
+            before = view[rows].clone() if i in checked else None
             source.merge_into(view, a, b)
             if before is not None:
-                expected = before.float() + source.update(a, b, CHECKED)
-                wrong += ((view[:CHECKED].float() - expected).abs() > 2**-7 * expected.abs() + 1e-6).sum()
+                wrong += sum(_differing(p, adapters[id(p)], world, turn) for p in (source.lora_a, source.lora_b))
+                wrong += source.wrongly_merged(before, view[rows], a, b, rows)
     return wrong
 
 
@@ -333,6 +335,7 @@ class TrainEngine:
         self.config, self.world, self.name, self.total_steps = config, world, name, total_steps
         self.stage = zero_stage(settings)
         self.optimizer_steps = 0
+        self._hand_overs = 0
         self._clip = float(settings["gradient_clipping"])
         settings = dict(settings)
         if self.stage == 0:
@@ -419,7 +422,8 @@ class TrainEngine:
     @torch.no_grad()
     def gather_into(self, layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Tensor:
         """`gather_into` of this model's weights. (collective)"""
-        return gather_into(layout, weights, self.world, self.optimizer_steps)
+        self._hand_overs += 1
+        return gather_into(layout, weights, self.world, self._hand_overs)
 
     def full_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Whole copies on the host of some (small) parameters. (collective)"""

@@ -137,4 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("--switches", type=int, default=0)
     parser.add_argument("--max_batch", type=int, default=512, help="of the rollout, with --switches")
     parser.add_argument("--local_rank", type=int, default=0, help="given by launchers")
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    if 0 < arguments.switches < 3:
+        parser.error("--switches: at least 3, as the first two warm up")
+    main(arguments)

@@ -250,10 +250,13 @@ def generate(a: argparse.Namespace) -> None:
     try:
         for numbers in batched(len(prompts), max(1, ROWS_AT_ONCE // a.samples)):
             asked = [prompts[i] for i in numbers]
-            take, most = None, 0
+            take, most, share = None, 0, 0
             if world.size > 1:  # no more in flight than three quarters of an even share: the rest goes to whoever is done first
-                take, most = world.shared_queue(len(asked)), max(a.samples, -(-len(asked) * a.samples * 3 // (4 * world.size)))
-            local = engine.generate(asked, list(numbers), a.samples, sampling, take=take, most=most, on_finished=progress.on_finished)
+                take, share = world.shared_queue(len(asked)), -(-len(asked) // world.size)
+                most = max(a.samples, -(-len(asked) * a.samples * 3 // (4 * world.size)))
+            local = engine.generate(
+                asked, list(numbers), a.samples, sampling, take=take, most=most, share=share, on_finished=progress.on_finished
+            )  # fmt: skip
             world.wait_for_all("generate")
             rollout = gather_rollout(local, dict(zip(numbers, asked, strict=True)), world)  # (collective)
             tokens += int(rollout.response_lengths.sum())

@@ -86,10 +86,19 @@ class WeightSource:
             return weight
         return (weight.float() + self.update(self.lora_a.detach(), self.lora_b.detach())).to(weight.dtype)
 
-    def update(self, a: Tensor, b: Tensor, rows: int | None = None) -> Tensor:
-        """scale * B @ A in float32, in the weight's layout; its first `rows` rows. a: [r, in], b: [out, r]."""
+    def update(self, a: Tensor, b: Tensor) -> Tensor:
+        """scale * B @ A in float32, in the weight's layout. a: [r, in], b: [out, r]."""
+        update = b.float() @ a.float()
+        return self.scale * (update.T if self.transposed else update)
+
+    def wrongly_merged(self, before: Tensor, after: Tensor, a: Tensor, b: Tensor, rows: slice) -> Tensor:
+        """How many elements of `after` are not those of `before` with the adapter added, both being these rows of the weight. Worked out in float64;
+        beside the one rounding there is room for what the terms of the product lose on the way (TensorFloat-32 included)."""
         left, right = (a.t(), b.t()) if self.transposed else (b, a)
-        return self.scale * (left[:rows].float() @ right.float())
+        left, right = left[rows].double() * self.scale, right.double()
+        expected = before.double() + left @ right
+        room = 2**-7 * expected.abs() + 2**-9 * (left.abs() @ right.abs()) + 1e-6
+        return (~((after.double() - expected).abs() <= room)).sum()
 
     def merge_into(self, base: Tensor, a: Tensor, b: Tensor) -> None:
         """base += scale * B @ A, in place, where `base` is a copy of the weight; rounded once.

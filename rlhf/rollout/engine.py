@@ -183,16 +183,12 @@ class HybridEngine:
             )  # fmt: skip
         if self._outputs is None or not self._outputs.fits(rows, window, forced, sampling):
             loop.forget_graphs()
-            old = self._outputs
-            self._outputs = Outputs.empty(
-                max(rows, old.ids.shape[0] - 1 if old else 0),
-                max(window, old.ids.shape[1] if old else 0),
-                loop.decoder.vocabulary,
-                self.device,
-                forced,
-                sampling.entropy or (old is not None and old.entropies is not None),
-                sampling.repetition_penalty != 1.0 or (old is not None and old.seen is not None),
-            )
+            entropy, penalty, most_rows, widest = sampling.entropy, sampling.repetition_penalty != 1.0, rows, window
+            if self._outputs is not None:  # for both: calls that alternate must not make them anew each time
+                entropy, penalty = entropy or self._outputs.entropies is not None, penalty or self._outputs.seen is not None
+                most_rows, widest = max(rows, self._outputs.ids.shape[0] - 1), max(window, self._outputs.ids.shape[1])
+            self._outputs = None  # the old ones go first
+            self._outputs = Outputs.empty(most_rows, widest, loop.decoder.vocabulary, self.device, forced, entropy, penalty)
         self._outputs.forbid(sampling, self.eos, loop.decoder.vocabulary)
         if cuda and s.cuda_graphs:
             most = loop.batch_for(min(rows, s.max_batch))

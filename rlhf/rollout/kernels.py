@@ -512,32 +512,33 @@ def _thresholds(
     if FORBIDS:
         early = tl.load(NUMBER + row) < tl.load(LEAST + row)
     i = tl.arange(0, BLOCK)
-    most = -float("inf")
+    largest = tl.full([BLOCK], -float("inf"), tl.float32)
     for begin in range(0, vocabulary, BLOCK):
         x = _shaped(logits, FORBIDDEN, seen, begin + i, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
-        most = tl.maximum(most, tl.max(x, 0))
+        largest = tl.maximum(largest, x)
+    most = tl.max(largest, 0)
     threshold = -float("inf")
     for kind in tl.static_range(2):  # the k largest; then the least set of the largest whose mass is top_p of what is left
         if (kind == 0 and TOP_K) or (kind == 1 and TOP_P):
             target = top_k.to(tl.float32)
             if kind == 1:
-                mass = 0.0
+                masses = tl.zeros([BLOCK], tl.float32)
                 for begin in range(0, vocabulary, BLOCK):
                     x = _shaped(logits, FORBIDDEN, seen, begin + i, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
-                    mass += tl.sum(tl.where(x >= threshold, tl.exp(x - most), 0.0), 0)
-                target = mass * top_p
+                    masses += tl.where(x >= threshold, tl.exp(x - most), 0.0)
+                target = tl.sum(masses, 0) * top_p
             # The least float with less than the target above it, by bisection over the floats in their order.
             low = _ordered(tl.cast(threshold, tl.int32, bitcast=True)).to(tl.int64) - 1
             high = _ordered(tl.cast(most, tl.int32, bitcast=True)).to(tl.int64)
             while high - low > 1:
                 middle = (low + high) // 2
                 t = tl.cast(_ordered(middle.to(tl.int32)), tl.float32, bitcast=True)
-                above = 0.0
+                above = tl.zeros([BLOCK], tl.float32)
                 for begin in range(0, vocabulary, BLOCK):
                     x = _shaped(logits, FORBIDDEN, seen, begin + i, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
                     weight = tl.exp(x - most) if kind == 1 else tl.full([BLOCK], 1.0, tl.float32)
-                    above += tl.sum(tl.where(x > t, weight, 0.0), 0)
-                if above < target:
+                    above += tl.where(x > t, weight, 0.0)
+                if tl.sum(above, 0) < target:
                     high = middle
                 else:
                     low = middle

@@ -110,7 +110,7 @@ def shape_logits(logits: Tensor, sampling: Sampling, too_early: Tensor, eos: Ten
         ordered = out.sort(dim=-1, descending=True).values
         probabilities = ordered.softmax(-1)
         kept = probabilities.cumsum(-1) - probabilities < sampling.top_p  # with the token that crosses top_p, and all that are equal to it
-        out = out.masked_fill(out < ordered.gather(-1, kept.sum(-1, keepdim=True) - 1), -torch.inf)
+        out = out.masked_fill(out < ordered.gather(-1, (kept.sum(-1, keepdim=True) - 1).clamp(min=0)), -torch.inf)
     if sampling.min_p > 0:
         out = out.masked_fill(out < out.amax(-1, keepdim=True) + math.log(sampling.min_p), -torch.inf)
     return out

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+import rlhf.engine as engine_module
 from rlhf.distributed import World
 from rlhf.experience import gather_rollout
 from rlhf.models.lora import WeightSource, weight_layout
@@ -42,12 +43,14 @@ def take_over(world: World, models: Path, name: str, stage: int, lora: bool, dam
     if damage == "merge":
         merge = WeightSource.merge_into
         WeightSource.merge_into = lambda self, base, a, b: merge(self, base, a, 1.1 * b)  # type: ignore[method-assign]
-    if damage == "shards":
+    if damage in ("shards", "adapters"):
         whole = World.gather_shards
+        calls: list[int] = []
 
         def damaged(self: World, pairs: Any) -> Any:
             arrived = list(whole(self, pairs))
-            for out, _ in pairs:
+            calls.append(len(pairs))
+            for out, _ in pairs if damage == "shards" or len(calls) == 1 else []:  # adapters come first
                 out[-1] += 1  # belongs to the last rank
             return iter(arrived)
 
@@ -87,6 +90,26 @@ def test_trap_21_a_wrong_element_stops_the_rollout(models: Path) -> None:
     """trap 21: what arrived is compared with the shard that a rank holds itself."""
     messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, False, "shards")]
     assert "trap 21" in messages[1]  # the last element of a tensor is the last rank's
+
+
+def test_trap_21_a_wrong_adapter_stops_the_rollout(models: Path) -> None:
+    """trap 21: what was gathered to be merged is compared too; a merge of wrong adapters is right in itself."""
+    messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, True, "adapters")]
+    assert "trap 21" in messages[1]
+
+
+def turns(world: World, models: Path) -> list[int]:
+    engine, seen = causal_engine(world, models / "llama", 3, learning_rate=0.5), []
+    engine_module.gather_into = lambda layout, weights, world, turn: seen.append(turn)  # type: ignore[assignment]
+    for _ in range(3):
+        train(engine, world, 4)
+        engine.gather_into([], {})
+    return seen
+
+
+def test_trap_21_every_tensor_gets_its_turn(models: Path) -> None:
+    """trap 21: which tensors are compared moves on with each hand-over, however many optimizer steps lie between two."""
+    assert run_ranks(turns, 1, models) == [[1, 2, 3]]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
