@@ -7,6 +7,8 @@ rank runs the same number of forwards (trap 23). Where the count does not work o
 
 from __future__ import annotations
 
+import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.types import MicroBatch
+from rlhf.types import Group, MicroBatch, Packed
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,79 @@ def split_minibatches(rows: int, minibatches: int, seed: Sequence[int], shuffle:
     return [part.tolist() for part in np.split(order, minibatches)]
 
 
-def plan_micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch: int, world_size: int, rank: int) -> list[MicroBatchPlan]:
+def plan_micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], micro_batch: int, world_size: int, rank: int, tokens: int | None = None
+) -> list[MicroBatchPlan]:
     """This rank's forwards over `rows` (indices into `lengths`); the count is the same on every rank.
 
-    Every row appears exactly once over all ranks. The filler of a rank that is short is the shortest row, without weight.
+    Of `micro_batch` rows each; or, for packed rows, of at most `tokens` tokens each (a longer row has a forward of its own), as few as will do and
+    all about as long. Every row appears exactly once over all ranks. The filler of a rank that is short is the shortest row, without weight.
     """
     if not rows:
         raise ValueError("an empty batch cannot be planned: all its rows were lost (trap 22)")
     order = sorted(rows, key=lambda row: (-lengths[row], row))
-    chunks = [MicroBatchPlan(order[i : i + micro_batch]) for i in range(0, len(order), micro_batch)]
+    if tokens is None:
+        chunks = [MicroBatchPlan(order[i : i + micro_batch]) for i in range(0, len(order), micro_batch)]
+    else:
+        chunks = [MicroBatchPlan(part) for part in _balanced(order, lengths, tokens, world_size)]
     while len(chunks) % world_size:
         chunks.append(MicroBatchPlan([order[-1]], weightless=True))
     return chunks[rank::world_size]
 
 
+def _balanced(order: Sequence[int], lengths: Sequence[int], tokens: int, world_size: int) -> list[list[int]]:
+    """Parts of at most `tokens` tokens (or one longer row), the fullest first: parts of the same turn are then about as long on every rank.
+
+    Each row, from the longest on, goes where least is so far (Graham 1969, "Bounds on multiprocessing timing anomalies"); then rows are exchanged
+    between the fullest and the emptiest part while that helps.
+    """
+    turns = max(1, -(-sum(lengths[row] for row in order) // (tokens * world_size)))
+    while True:
+        parts: list[list[int]] = [[] for _ in range(min(turns * world_size, len(order)))]
+        heap = [(0, i) for i in range(len(parts))]
+        for row in order:
+            load, i = heap[0]
+            heapq.heapreplace(heap, (load + lengths[row], i))
+            parts[i].append(row)
+        loads = [sum(lengths[row] for row in part) for part in parts]
+        while _exchange(parts, loads, lengths):
+            pass
+        if all(load <= tokens or len(part) == 1 for load, part in zip(loads, parts, strict=True)):
+            return [parts[i] for i in sorted(range(len(parts)), key=lambda i: (-loads[i], i))]
+        turns += 1
+
+
+def _exchange(parts: list[list[int]], loads: list[int], lengths: Sequence[int]) -> bool:
+    """Swap the two rows that bring the fullest and the emptiest part nearest to each other; False where none does."""
+    full, empty = loads.index(max(loads)), loads.index(min(loads))
+    gap = loads[full] - loads[empty]
+    others = sorted((lengths[row], row) for row in parts[empty])
+    best = (gap, -1, -1)
+    for row in parts[full]:
+        place = bisect.bisect(others, (lengths[row] - gap / 2, -1))
+        for length, other in others[max(0, place - 1) : place + 1]:
+            best = min(best, (abs(gap - 2 * (lengths[row] - length)), row, other))
+    left, row, other = best
+    if left >= gap:
+        return False
+    moved = lengths[row] - lengths[other]
+    parts[full].remove(row)
+    parts[empty].remove(other)
+    parts[full].append(other)
+    parts[empty].append(row)
+    loads[full] -= moved
+    loads[empty] += moved
+    return True
+
+
 def collate(
-    input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, mask: Tensor, plan: MicroBatchPlan, columns: dict[str, Tensor] | None = None
+    input_ids: Tensor,
+    prompt_lengths: Tensor,
+    response_lengths: Tensor,
+    mask: Tensor,
+    plan: MicroBatchPlan,
+    columns: dict[str, Tensor] | None = None,
+    packing: bool = False,
 ) -> MicroBatch:
     """The rows of one forward, cut to their longest sequence and response; a weightless plan gets an all-False mask.
 
@@ -63,7 +122,36 @@ def collate(
         response_lengths=n,
         mask=mask[rows, :window] & (not plan.weightless),
         columns={name: column[rows, :window] for name, column in (columns or {}).items()},
+        packed=pack((p + n).tolist()) if packing else None,
     )
+
+
+PADDING = 1.25  # what a group may be padded to, as a multiple of its tokens
+
+
+def pack(lengths: Sequence[int]) -> Packed:
+    """Sequences of these lengths one behind the other."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    ends = sizes.cumsum()
+    begins = ends - sizes
+    positions = np.arange(ends[-1]) - begins.repeat(sizes)
+    groups: list[Group] = []
+    first = 0
+    while first < len(sizes):
+        last, widest = first + 1, int(sizes[first])
+        while last < len(sizes):
+            wider = max(widest, int(sizes[last]))
+            if wider * (last + 1 - first) > PADDING * (ends[last] - begins[first]):
+                break
+            last, widest = last + 1, wider
+        own, start = sizes[first:last], begins[first:last]
+        index = start[:, None] + np.minimum(np.arange(widest)[None, :], own[:, None] - 1)
+        real = np.flatnonzero(np.arange(widest)[None, :] < own[:, None])
+        groups.append(Group(torch.from_numpy(index), torch.from_numpy(real)))
+        first = last
+    boundaries = np.concatenate([[0], ends]).astype(np.int32)
+    row = np.arange(len(sizes)).repeat(sizes)
+    return Packed(torch.from_numpy(boundaries), torch.from_numpy(positions), torch.from_numpy(row), int(sizes.max()), groups)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

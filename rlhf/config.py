@@ -321,6 +321,16 @@ class TrainConfig(Section):
     epochs: int = Field(1, ge=1, description="sft, reward_model: passes over the data, where `steps` is not given")
     batch: int = Field(64, ge=1, description="sft, reward_model: rows (pairs) per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="rows per forward on a rank (pairs for reward_model)")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens per forward on a rank instead of rows: forwards of equal length, as few as will do; needs packing"
+    )
+    packing: bool = Field(False, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.micro_batch_tokens and not self.packing:
+            raise ValueError("micro_batch_tokens counts tokens of packed rows: set packing=true too, or give micro_batch instead")
+        return self
 
 
 class ValidationConfig(Section):

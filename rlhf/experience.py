@@ -30,6 +30,7 @@ class ExperiencePasses:
     old_logprobs: Scorer | None
     ref_logprobs: Scorer | None
     values: Scorer | None
+    packing: bool = False  # what they are given: packed rows, or padded ones
 
 
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:
@@ -59,11 +60,13 @@ def training_mask(rollout: Rollout, valid: Tensor, algorithm: AlgorithmConfig) -
     return rollout.response_mask & keep[:, None]
 
 
-def shared_pass(scorer: Scorer, rollout: Rollout, mask: Tensor, plan: Sequence[MicroBatchPlan], width: int, world: World) -> Tensor:
+def shared_pass(
+    scorer: Scorer, rollout: Rollout, mask: Tensor, plan: Sequence[MicroBatchPlan], width: int, world: World, packing: bool = False
+) -> Tensor:
     """[B, width] result of a model pass over all rows, each rank running its plan. (collective)"""
     results = []
     for part in plan:
-        batch = collate(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, mask, part).to(world.device)
+        batch = collate(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, mask, part, packing=packing).to(world.device)
         results.append((part, scorer(batch)))
         world.beat()
     return gather_results(results, len(rollout), width, world)
@@ -92,9 +95,12 @@ def make_experience(
     """
     mask = training_mask(rollout, scores.valid, algorithm)
     window = mask.shape[1]
-    old = shared_pass(passes.old_logprobs, rollout, mask, plan, window, world) if passes.old_logprobs else None
-    ref = shared_pass(passes.ref_logprobs, rollout, mask, plan, window, world) if passes.ref_logprobs else None
-    values = shared_pass(passes.values, rollout, mask, plan, window + 1, world) if passes.values else None
+
+    def over_all_rows(scorer: Scorer | None, width: int) -> Tensor | None:  # (collective)
+        return shared_pass(scorer, rollout, mask, plan, width, world, passes.packing) if scorer else None
+
+    old, ref = over_all_rows(passes.old_logprobs, window), over_all_rows(passes.ref_logprobs, window)
+    values = over_all_rows(passes.values, window + 1)
     rewards = token_rewards(rollout, scores, mask, algorithm.truncation)
     if ref is not None and algorithm.kl.place == "reward":
         assert old is not None

@@ -115,6 +115,32 @@ class Experience:
 
 
 @dataclass
+class Group:
+    """Sequences that lie next to each other in a packed row, as a padded batch."""
+
+    index: Tensor  # [g, w] int64 into the packed row; beyond a sequence any token of it
+    real: Tensor  # [tokens of the group] int64 into the flattened [g, w]
+
+
+@dataclass
+class Packed:
+    """Where b sequences lie in one packed row of t tokens."""
+
+    boundaries: Tensor  # [b + 1] int32: where each begins, and the end
+    positions: Tensor  # [t] int64: 0, 1, 2, ... in every sequence
+    row: Tensor  # [t] int64: which sequence
+    longest: int
+    groups: list[Group]  # all of them, in their order, few tokens of padding in each
+
+    def to(self, device: torch.device) -> Packed:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        groups = [Group(move(g.index), move(g.real)) for g in self.groups]
+        return Packed(move(self.boundaries), move(self.positions), move(self.row), self.longest, groups)
+
+
+@dataclass
 class MicroBatch:
     """One forward: rows of an experience on the device, cut to the longest row. A row with an all-False mask has weight zero."""
 
@@ -123,13 +149,15 @@ class MicroBatch:
     response_lengths: Tensor  # [b] int64
     mask: Tensor  # [b, r] bool
     columns: dict[str, Tensor]  # [b, r] tensors by name: old_logprobs, advantages, ...
+    packed: Packed | None = None  # how the rows are to be packed for the model; None = padded as they are
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
         columns = {name: move(column) for name, column in self.columns.items()}
-        return MicroBatch(move(self.input_ids), move(self.prompt_lengths), move(self.response_lengths), move(self.mask), columns)
+        packed = self.packed.to(device) if self.packed is not None else None
+        return MicroBatch(move(self.input_ids), move(self.prompt_lengths), move(self.response_lengths), move(self.mask), columns, packed)
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.batching import MicroBatchPlan, collate, pad_rows, plan_micro_batches, split_minibatches
+from rlhf.batching import MicroBatchPlan, collate, pack, pad_rows, plan_micro_batches, split_minibatches
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=50)
 
@@ -23,6 +24,30 @@ def test_trap_23_every_row_once_and_equal_counts(lengths: list[int], micro_batch
     assert all(1 <= len(part.rows) <= micro_batch and set(part.rows) <= set(rows) for plan in plans for part in plan)
     # No more fillers than ranks - 1, and no rank waits for a long row of another's while it has a filler of its own.
     assert sum(part.weightless for plan in plans for part in plan) < ranks
+
+
+@given(sizes, st.integers(1, 150), st.integers(1, 9), st.randoms(use_true_random=False))
+def test_trap_23_every_row_once_within_the_token_budget(lengths: list[int], tokens: int, ranks: int, random: object) -> None:
+    """trap 23"""
+    rows = [i for i in range(len(lengths)) if random.random() < 0.8] or [0]  # type: ignore[attr-defined]
+    plans = [plan_micro_batches(rows, lengths, 1, ranks, rank, tokens) for rank in range(ranks)]
+    assert len({len(plan) for plan in plans}) == 1
+    assert sorted(row for plan in plans for part in plan if not part.weightless for row in part.rows) == rows
+    assert all(len(part.rows) == 1 or sum(lengths[row] for row in part.rows) <= tokens for plan in plans for part in plan)
+    assert sum(part.weightless for plan in plans for part in plan) < ranks
+    assert plans[0] == plan_micro_batches(rows[::-1], lengths, 1, ranks, 0, tokens)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [8192, 16384])
+def test_forwards_are_full_and_equal(ranks: int, tokens: int) -> None:
+    """2,048 rows of 128 prompt tokens and lognormal responses: the forwards are full, and no rank waits for another."""
+    draws = np.random.default_rng(0).lognormal(np.log(200), 0.8, 2048)
+    lengths = (128 + np.clip(draws, 1, 512)).astype(int).tolist()
+    plans = [plan_micro_batches(range(2048), lengths, 1, ranks, rank, tokens) for rank in range(ranks)]
+    loads = np.array([[sum(lengths[row] for row in part.rows) for part in plan] for plan in plans])
+    assert loads.sum() / (loads.size * tokens) > (0.97 if ranks < 8 else 0.9)
+    assert loads.max(0).sum() <= 1.02 * loads.mean(0).sum()  # every forward takes as long as its longest
 
 
 @given(sizes, st.integers(1, 9))
@@ -86,3 +111,19 @@ def test_pad_rows() -> None:
     padded, lengths = pad_rows([[1, 2, 3], [4]], 9)
     assert padded.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert lengths.tolist() == [3, 1]
+
+
+@given(sizes)
+def test_packed_rows_and_their_groups(lengths: list[int]) -> None:
+    """Positions begin anew with every sequence; the groups cover each token once, in order, with little padding."""
+    packed = pack(lengths)
+    assert packed.positions.tolist() == [j for n in lengths for j in range(n)]
+    assert packed.row.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+    assert packed.boundaries.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert packed.longest == max(lengths)
+    tokens = torch.cat([group.index.flatten()[group.real] for group in packed.groups])
+    assert tokens.tolist() == list(range(sum(lengths)))
+    assert all(group.index.numel() <= 1.25 * len(group.real) for group in packed.groups)
+    for group in packed.groups:  # a sequence's row holds nothing of another
+        rows = packed.row[group.index]
+        assert (rows == rows[:, :1]).all()

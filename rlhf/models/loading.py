@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from rlhf.config import ModelConfig, role_dtype
 from rlhf.distributed import World
 from rlhf.models.heads import ScalarModel
+from rlhf.models.packing import check_packing, pack_attention
 
 SCORE_STATISTICS = "score_statistics.json"  # beside a reward model's weights: mean and std of its scores on training responses
 
@@ -99,16 +100,25 @@ def empty_causal_lm(config: ModelConfig, key: str, placement: Placement, dtype: 
     return placement.construct(build)
 
 
-def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype) -> nn.Module:
-    """The actor or the reference, placed and verified. (collective where partitioned)"""
+def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, packing: bool = False) -> nn.Module:
+    """The actor or the reference, placed and verified. packing: for packed forwards; ValueError if its architecture cannot. (collective where
+    partitioned)"""
+    if packing:
+        check_packing(without_dropout(read_architecture(config, key)), key, config.trust_remote_code)
     module = empty_causal_lm(config, key, placement, dtype)
     _fill(module, config, placement, world, optional=())
+    if packing:
+        pack_attention(module)
     return module
 
 
-def load_scalar_model(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, head: str) -> ScalarModel:
-    """A critic or reward model. head: "keep" the folder's `score.weight` (ValueError if it has none) or start from "zero"."""
+def load_scalar_model(
+    config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, head: str, packing: bool = False
+) -> ScalarModel:
+    """A critic or reward model. head: "keep" the folder's `score.weight` (ValueError if it has none) or start from "zero"; packing: as above."""
     architecture = without_dropout(read_architecture(config, key))
+    if packing:
+        check_packing(architecture, key, config.trust_remote_code)
 
     def build() -> nn.Module:
         body = AutoModel.from_config(architecture, dtype=dtype, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code)
@@ -119,6 +129,8 @@ def load_scalar_model(config: ModelConfig, key: str, placement: Placement, world
     found = _fill(module, config, placement, world, optional=("score.weight",) if head == "zero" else ())
     if head == "zero" or "score.weight" not in found:
         placement.write(module.score.weight, torch.zeros(1, module.score.in_features, dtype=dtype))
+    if packing:
+        pack_attention(module)
     return module
 
 

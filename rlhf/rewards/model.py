@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf.batching import MicroBatchPlan, plan_micro_batches
+from rlhf.batching import MicroBatchPlan, pack, plan_micro_batches
+from rlhf.config import TrainConfig
 from rlhf.distributed import World
 from rlhf.models.forward import Forward, last_token_scores
 from rlhf.types import Rollout
@@ -16,13 +17,14 @@ from rlhf.types import Rollout
 class RewardModel:
     """(score at the last token - mean) / std; mean and std come with the model's folder (`models.loading.score_statistics`)."""
 
-    def __init__(self, forward: Forward, mean: float, std: float, micro_batch: int, world: World) -> None:
-        self.forward, self.mean, self.std, self.micro_batch, self.world = forward, mean, std, micro_batch, world
+    def __init__(self, forward: Forward, mean: float, std: float, train: TrainConfig, world: World) -> None:
+        self.forward, self.mean, self.std, self.train, self.world = forward, mean, std, train, world
 
     def score(self, rollout: Rollout) -> Tensor:
         """[B] float32 for all rows of the rollout, each rank computing its share. (collective)"""
         lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-        plan = plan_micro_batches(range(len(rollout)), lengths, self.micro_batch, self.world.size, self.world.rank)
+        train, world = self.train, self.world
+        plan = plan_micro_batches(range(len(rollout)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
         return self.world.gather_indexed(*self._share(rollout, plan, lengths), len(rollout)).squeeze(1)
 
     @torch.no_grad()
@@ -30,9 +32,10 @@ class RewardModel:
         rows: list[int] = []
         scores: list[Tensor] = []
         for part in plan:
-            longest = max(lengths[r] for r in part.rows)
-            ids = rollout.input_ids[part.rows, :longest].to(self.world.device)
-            result = last_token_scores(self.forward, ids, torch.tensor([lengths[r] for r in part.rows], device=ids.device))
+            own = [lengths[r] for r in part.rows]
+            ids = rollout.input_ids[part.rows, : max(own)].to(self.world.device)
+            packed = pack(own).to(ids.device) if self.train.packing else None
+            result = last_token_scores(self.forward, ids, torch.tensor(own, device=ids.device), packed)
             if not part.weightless:
                 rows += part.rows
                 scores.append(((result - self.mean) / self.std).cpu())

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.batching import pad_rows, plan_micro_batches
-from rlhf.config import Config
+from rlhf.batching import pack, pad_rows, plan_micro_batches
+from rlhf.config import Config, TrainConfig
 from rlhf.data import DrawSampler, load_preferences
 from rlhf.distributed import World
 from rlhf.engine import TrainEngine
@@ -54,8 +54,8 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         batch = [pairs[d.row] for d in sampler.next(config.train.batch)]
         sums = {"loss": 0.0, "correct": 0.0, "margin": 0.0}
         with run.timer.phase("update_reward_model"):
-            for part in pair_micro_batches(batch, config.train.micro_batch, world):
-                chosen, rejected = score_pairs(engine, [batch[r] for r in part.rows], pad, world.device)
+            for part in pair_micro_batches(batch, config.train, world):
+                chosen, rejected = score_pairs(engine, [batch[r] for r in part.rows], pad, world.device, config.train.packing)
                 weight = torch.full_like(chosen, 0.0 if part.weightless else 1.0)
                 loss = preference_loss(chosen, rejected, weight)
                 engine.backward(loss, len(batch))  # (collective)
@@ -91,16 +91,20 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         run.end_step(step, metrics | timing)
 
 
-def pair_micro_batches(pairs: list[PreferencePair], micro_batch: int, world: World) -> Any:
+def pair_micro_batches(pairs: list[PreferencePair], train: TrainConfig, world: World) -> Any:
     """This rank's forwards over pairs; both sides of a pair go through one forward."""
-    lengths = [max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
-    return plan_micro_batches(range(len(pairs)), lengths, micro_batch, world.size, world.rank)
+    sides = [(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
+    lengths = [sum(side) if train.micro_batch_tokens else max(side) for side in sides]
+    return plan_micro_batches(range(len(pairs)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
 
 
-def score_pairs(forward: Callable[..., Any], pairs: list[PreferencePair], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def score_pairs(
+    forward: Callable[..., Any], pairs: list[PreferencePair], pad: int, device: torch.device, packing: bool = False
+) -> tuple[Tensor, Tensor]:
     """([b] scores of the chosen, [b] of the rejected), each read at its last token."""
     ids, lengths = pad_rows([p.chosen.input_ids for p in pairs] + [p.rejected.input_ids for p in pairs], pad)
-    scores = last_token_scores(forward, ids.to(device), lengths.to(device))
+    packed = pack(lengths.tolist()).to(device) if packing else None
+    scores = last_token_scores(forward, ids.to(device), lengths.to(device), packed)
     return scores[: len(pairs)], scores[len(pairs) :]
 
 
@@ -108,8 +112,8 @@ def score_all(engine: TrainEngine, pairs: list[PreferencePair], config: Config, 
     """[n, 2] float32: chosen and rejected score of every pair, on every rank. (collective)"""
     rows: list[int] = []
     results = [torch.zeros(0, 2)]
-    for part in pair_micro_batches(pairs, config.train.micro_batch, world):
-        chosen, rejected = score_pairs(engine.score, [pairs[r] for r in part.rows], pad, world.device)
+    for part in pair_micro_batches(pairs, config.train, world):
+        chosen, rejected = score_pairs(engine.score, [pairs[r] for r in part.rows], pad, world.device, config.train.packing)
         if not part.weightless:
             rows += part.rows
             results.append(torch.stack([chosen, rejected], 1).cpu())

@@ -139,7 +139,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
             if step > algorithm.critic_warmup_steps:
                 with timer.phase("update_actor"):
                     for part in minibatch.plan:
-                        batch = micro_batch_of(experience, part).to(world.device)
+                        batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
                         loss = policy_loss(models.actor, batch, config, kl_controller.coef)
                         models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])  # (collective)
                         update.add(loss, counts["tokens"])
@@ -149,7 +149,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
             if models.critic is not None:
                 with timer.phase("update_critic"):
                     for part in minibatch.plan:
-                        batch = micro_batch_of(experience, part).to(world.device)
+                        batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
                         loss = critic_loss(models.critic, batch, algorithm)
                         models.critic.backward(loss.loss_sum, counts["tokens"])  # (collective)
                         update.add(loss, counts["tokens"])
@@ -237,7 +237,8 @@ def _reference(run: Run, actor: TrainEngine) -> Callable[..., Any]:
         return base
     role = config.reference.model_copy(update={"path": config.reference.path or config.actor.path})
     settings = run.settings(role)
-    module = load_causal_lm(role, "reference", loading_context(settings, run.world), run.world, model_dtype(role, run.world.device))
+    dtype = model_dtype(role, run.world.device)
+    module = load_causal_lm(role, "reference", loading_context(settings, run.world), run.world, dtype, config.train.packing)
     return FrozenEngine(module, settings, run.world)
 
 
@@ -248,9 +249,10 @@ def _scorer(run: Run, component: RewardComponentConfig) -> FunctionReward | Rewa
     assert role.path is not None
     settings = run.settings(role)
     placement = loading_context(settings, run.world)
-    module = load_scalar_model(role, f"reward model {component.label}", placement, run.world, model_dtype(role, run.world.device), head="keep")
+    train, dtype = run.config.train, model_dtype(role, run.world.device)
+    module = load_scalar_model(role, f"reward model {component.label}", placement, run.world, dtype, "keep", train.packing)
     mean, std = score_statistics(role.path)
-    return RewardModel(FrozenEngine(module, settings, run.world), mean, std, run.config.train.micro_batch, run.world)
+    return RewardModel(FrozenEngine(module, settings, run.world), mean, std, train, run.world)
 
 
 def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple[list[Prompt], list[str]]:
@@ -326,6 +328,7 @@ def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool
         old_logprobs=timed("old_log_prob", lambda batch: response_logprobs(models.actor.score, batch, temperature)[0]) if old_logprobs else None,
         ref_logprobs=timed("ref", lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
         values=timed("values", lambda batch: response_values(critic.score, batch)) if critic else None,
+        packing=config.train.packing,
     )
 
 
@@ -382,7 +385,8 @@ class Minibatch:
 def plan_epoch(config: Config, step: int, epoch: int, lengths: list[int], world: World) -> list[Minibatch]:
     """The minibatches of one pass over the rollout batch; which rows meet does not depend on the number of ranks."""
     parts = split_minibatches(len(lengths), config.algorithm.minibatches, seed=(config.seed, step, epoch))
-    return [Minibatch(rows, plan_micro_batches(rows, lengths, config.train.micro_batch, world.size, world.rank)) for rows in parts]
+    train = config.train
+    return [Minibatch(rows, plan_micro_batches(rows, lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)) for rows in parts]
 
 
 def denominators(experience: Experience, rows: list[int], config: Config) -> dict[str, float]:
@@ -392,7 +396,7 @@ def denominators(experience: Experience, rows: list[int], config: Config) -> dic
     return {"tokens": int(mask.sum()), "sequences": trained, "constant": trained * config.rollout.max_new_tokens}
 
 
-def micro_batch_of(experience: Experience, part: MicroBatchPlan) -> MicroBatch:
+def micro_batch_of(experience: Experience, part: MicroBatchPlan, packing: bool = False) -> MicroBatch:
     e, r = experience, experience.rollout
     columns = {"advantages": e.advantages}
     if e.old_logprobs is not None:
@@ -401,7 +405,7 @@ def micro_batch_of(experience: Experience, part: MicroBatchPlan) -> MicroBatch:
         columns["ref_logprobs"] = e.ref_logprobs
     if e.values is not None and e.returns is not None:
         columns |= {"values": e.values, "returns": e.returns}
-    return collate(r.input_ids, r.prompt_lengths, r.response_lengths, e.mask, part, columns)
+    return collate(r.input_ids, r.prompt_lengths, r.response_lengths, e.mask, part, columns, packing)
 
 
 def policy_loss(forward: Callable[..., Any], batch: MicroBatch, config: Config, kl_coef: float) -> LossOutput:

@@ -84,9 +84,9 @@ class Run:
         placement = loading_context(settings, self.world)
         dtype = model_dtype(role, self.world.device)
         if scalar_head is None:
-            module = load_causal_lm(role, key, placement, self.world, dtype)
+            module = load_causal_lm(role, key, placement, self.world, dtype, self.config.train.packing)
         else:
-            module = load_scalar_model(role, key, placement, self.world, dtype, scalar_head)
+            module = load_scalar_model(role, key, placement, self.world, dtype, scalar_head, self.config.train.packing)
             if key == "critic" and scalar_head == "keep" and role.path is not None:
                 module.centre(*score_statistics(role.path))
         if role.lora:

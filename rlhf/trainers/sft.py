@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.batching import pad_rows, plan_micro_batches
-from rlhf.config import Config
+from rlhf.batching import pack, pad_rows, plan_micro_batches
+from rlhf.config import Config, TrainConfig
 from rlhf.data import DrawSampler, load_sequences
 from rlhf.distributed import World
 from rlhf.engine import TrainEngine
 from rlhf.metrics import model_shape, update_flops
-from rlhf.models.forward import position_ids
+from rlhf.models.forward import inputs_of
 from rlhf.models.loading import load_tokenizer
 from rlhf.ops.logprobs import token_logprobs
 from rlhf.ops.masking import masked_sum
@@ -50,8 +50,8 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
         batch = [sequences[d.row] for d in sampler.next(config.train.batch)]
         with run.timer.phase("update_actor"):
             total, tokens = 0.0, sum(sum(s.loss_mask[1:]) for s in batch)  # the first token has no prediction
-            for part in micro_batches(batch, config.train.micro_batch, world):
-                loss = nll_sum(actor, part, pad, world.device)
+            for part in micro_batches(batch, config.train, world):
+                loss = nll_sum(actor, part, pad, world.device, config.train.packing)
                 actor.backward(loss if part.weight else loss * 0.0, tokens)  # (collective)
                 total += float(loss.detach()) * part.weight
             result = actor.step()  # (collective)
@@ -87,9 +87,10 @@ class Part(list[Sequence]):
     weight: float = 1.0
 
 
-def micro_batches(batch: list[Sequence], micro_batch: int, world: World) -> list[Part]:
+def micro_batches(batch: list[Sequence], train: TrainConfig, world: World) -> list[Part]:
     """This rank's forwards over a global batch."""
-    plan = plan_micro_batches(range(len(batch)), [len(s.input_ids) for s in batch], micro_batch, world.size, world.rank)
+    lengths = [len(s.input_ids) for s in batch]
+    plan = plan_micro_batches(range(len(batch)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
     parts = []
     for p in plan:
         part = Part(batch[r] for r in p.rows)
@@ -98,22 +99,28 @@ def micro_batches(batch: list[Sequence], micro_batch: int, world: World) -> list
     return parts
 
 
-def nll_sum(forward: Callable[..., Any], part: list[Sequence], pad: int, device: torch.device) -> Tensor:
+def nll_sum(forward: Callable[..., Any], part: list[Sequence], pad: int, device: torch.device, packing: bool = False) -> Tensor:
     """Summed negative log-likelihood of the trained tokens."""
-    ids, _ = pad_rows([s.input_ids for s in part], pad)
+    ids, lengths = pad_rows([s.input_ids for s in part], pad)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for i, s in enumerate(part):
         mask[i, : len(s.loss_mask)] = torch.tensor(s.loss_mask)
     ids, mask = ids.to(device), mask.to(device)
-    logits = forward(input_ids=ids, position_ids=position_ids(ids), use_cache=False).logits[:, :-1]
+    if packing:
+        packed = pack(lengths.tolist()).to(device)
+        inputs = inputs_of(ids, packed)
+        trained = (mask[packed.row, packed.positions] & (packed.positions > 0)).nonzero().squeeze(1)
+        logits = forward(**inputs, logits_to_keep=trained - 1).logits[0]
+        return -token_logprobs(logits, inputs["input_ids"][0, trained])[0].sum()
+    logits = forward(**inputs_of(ids, None)).logits[:, :-1]
     return -masked_sum(token_logprobs(logits, ids[:, 1:])[0], mask[:, 1:])
 
 
 def held_out_loss(actor: TrainEngine, held_out: list[Sequence], config: Config, pad: int, world: World) -> dict[str, float]:
     """Mean negative log-likelihood per trained token. (collective)"""
     total = 0.0
-    for part in micro_batches(held_out, config.train.micro_batch, world):
-        total += float(nll_sum(actor.score, part, pad, world.device)) * part.weight
+    for part in micro_batches(held_out, config.train, world):
+        total += float(nll_sum(actor.score, part, pad, world.device, config.train.packing)) * part.weight
     tokens = sum(sum(s.loss_mask[1:]) for s in held_out)
     loss = world.global_sum({"loss": total})["loss"] / max(1, tokens)
     return {"val-core/loss": loss, "val-aux/perplexity": math.exp(min(loss, 50.0))}

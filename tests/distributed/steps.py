@@ -58,13 +58,13 @@ def update(models: Models, run: Run, experience: Experience, step: int = 1, acto
         counts = denominators(experience, minibatch.rows, config)
         if actor:
             for part in minibatch.plan:
-                loss = policy_loss(models.actor, micro_batch_of(experience, part), config, algorithm.kl.coef)
+                loss = policy_loss(models.actor, micro_batch_of(experience, part, config.train.packing), config, algorithm.kl.coef)
                 models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])
                 results["logprobs"].append((part, loss.logprobs))
             results["actor"].append(models.actor.step())
         if models.critic is not None:
             for part in minibatch.plan:
-                loss = critic_loss(models.critic, micro_batch_of(experience, part), algorithm)
+                loss = critic_loss(models.critic, micro_batch_of(experience, part, config.train.packing), algorithm)
                 models.critic.backward(loss.loss_sum, counts["tokens"])
             results["critic"].append(models.critic.step())
     return results

@@ -202,7 +202,7 @@ def step_zero(world: World, models: Path, actor: str, train_rows: int) -> dict[s
         plan = plan_micro_batches(range(7), lengths, train_rows, world.size, world.rank)
     sums: dict[str, float] = {"off": 0.0}
     for part in plan:
-        batch = micro_batch_of(experience, part)
+        batch = micro_batch_of(experience, part, config.train.packing)
         loss = policy_loss(held.actor, batch, config, 0.1)  # in training mode, with gradients
         for name, value in loss.metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -436,7 +436,7 @@ def count_forwards(world: World, models: Path) -> tuple[dict[str, int], float]:
     held.actor.module.register_forward_pre_hook(count("actor"))
     held.critic.module.register_forward_pre_hook(count("critic"))
     held.reference.module.register_forward_pre_hook(count("reference"))  # type: ignore[attr-defined]
-    reward = RewardModel(lambda **inputs: (count("reward")(), held.critic.score(**inputs))[1], 0.5, 2.0, 3, world)  # type: ignore[union-attr]
+    reward = RewardModel(lambda **inputs: (count("reward")(), held.critic.score(**inputs))[1], 0.5, 2.0, config.train, world)  # type: ignore[union-attr]
     scores = reward.score(ROLLOUT)
     update(held, run, experience_of(held, run, ROLLOUT, SCORES))
     return counts, float((scores + 0.25).abs().max())  # a zero head: (0 - 0.5) / 2 for every row

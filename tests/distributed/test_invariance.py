@@ -24,6 +24,11 @@ from tests.distributed.steps import experience_of, open_models, update, weights
 from tests.helpers import make_rollout, make_scores, relative, rl_config, run_ranks
 
 TEMPERATURE = 0.7
+FORWARDS: dict[str, dict[str, Any]] = {
+    "padded": {"packing": False},
+    "packed": {"packing": True},
+    "tokens": {"packing": True, "micro_batch_tokens": 40},
+}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo": {"name": "ppo", "truncation": "bootstrap", "entropy_coef": 0.01, "kl": {"coef": 0.3}},
     "grpo": {"name": "grpo", "loss_mean": "sequences", "kl": {"coef": 0.1, "place": "loss", "estimator": "k2"}},
@@ -40,7 +45,9 @@ def data() -> tuple[Rollout, Scores]:
     return rollout, make_scores(torch.randn(15, generator=generator).tolist(), invalid=(4,))
 
 
-def step_on_ranks(world: World, models: Path, algorithm: str, stage: int, micro_batch: int, minibatches: int) -> dict[str, dict[str, Tensor]]:
+def step_on_ranks(
+    world: World, models: Path, algorithm: str, stage: int, micro_batch: int, minibatches: int, forwards: str = "padded"
+) -> dict[str, dict[str, Tensor]]:
     # Several steps at rate 1 would blow rounding up: each starts where the one before has landed.
     rate = {"learning_rate": 1.0 if minibatches == 1 else 0.1}
     config = rl_config(
@@ -51,7 +58,7 @@ def step_on_ranks(world: World, models: Path, algorithm: str, stage: int, micro_
         reference={"path": models / "reference"},
         algorithm={**ALGORITHMS[algorithm], "minibatches": minibatches},
         rollout={"prompts": 5, "group_size": 3, "max_new_tokens": 12, "temperature": TEMPERATURE},
-        train={"micro_batch": micro_batch},
+        train={"micro_batch": micro_batch, **FORWARDS[forwards]},
     )
     held, run = open_models(config, world)
     before = {name: weights(engine) for name, engine in held.engines.items()}
@@ -71,40 +78,45 @@ def whole(models: Path, algorithm: str, minibatches: int) -> dict[str, dict[str,
     return _whole[key]
 
 
-def assert_same(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int) -> None:
+def assert_same(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str) -> None:
     expected = whole(models, algorithm, minibatches)
-    for result in run_ranks(step_on_ranks, ranks, models, algorithm, stage, micro_batch, minibatches):
+    for result in run_ranks(step_on_ranks, ranks, models, algorithm, stage, micro_batch, minibatches, forwards):
         for name, delta in expected.items():
             assert relative(result[name], delta) < 1e-5, name
 
 
-# algorithm, ranks, ZeRO stage, rows per forward, minibatches: every pair of values of two columns meets at least once.
+# algorithm, ranks, ZeRO stage, rows per forward, minibatches, what a forward is: nearly every pair of values of two columns meets.
 PAIRWISE = [
-    ("ppo", 2, 3, 3, 1),
-    ("ppo", 2, 2, 8, 3),
-    ("ppo", 1, 3, 1, 3),
-    ("ppo", 2, 0, 1, 1),
-    ("ppo", 1, 1, 8, 1),
-    ("grpo", 2, 3, 8, 3),
-    ("grpo", 2, 1, 3, 3),
-    ("grpo", 1, 2, 1, 1),
-    ("dr_grpo", 2, 1, 1, 1),
-    ("dr_grpo", 2, 3, 3, 3),
+    ("ppo", 2, 3, 3, 1, "packed"),
+    ("ppo", 2, 2, 8, 3, "tokens"),
+    ("ppo", 1, 3, 1, 3, "padded"),
+    ("ppo", 2, 0, 1, 1, "tokens"),
+    ("ppo", 1, 1, 8, 1, "packed"),
+    ("grpo", 2, 3, 8, 3, "tokens"),
+    ("grpo", 2, 1, 3, 3, "padded"),
+    ("grpo", 1, 2, 1, 1, "packed"),
+    ("dr_grpo", 2, 1, 1, 1, "tokens"),
+    ("dr_grpo", 2, 3, 3, 3, "packed"),
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches"), PAIRWISE)
-def test_gradient_is_the_same_pairwise(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int) -> None:
+@pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches", "forwards"), PAIRWISE)
+def test_gradient_is_the_same_pairwise(
+    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str
+) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
-    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches)
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("forwards", FORWARDS)
 @pytest.mark.parametrize(("ranks", "stage", "micro_batch", "minibatches"), list(itertools.product((1, 2), (0, 1, 2, 3), (1, 3, 8), (1, 3))))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_gradient_is_the_same_full_grid(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int) -> None:
+def test_gradient_is_the_same_full_grid(
+    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str
+) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
-    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches)
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards)
 
 
 # --------------------------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def ppo_recipe(ground: Ground, actor: Path, reward_model: Path, **changes: Any) 
             "minibatches": 2,
         },
         "validation": {"data": {"path": folder / "held_out.jsonl", "size": 20}, "verifier": "exact_match", "every": 4, "samples": 1000},
-        "train": {"steps": 12, "micro_batch": 16},
+        "train": {"steps": 12, "packing": True, "micro_batch_tokens": 256},
         "checkpoint": {"every": 1, "keep_last": 100},
         **changes,
     }
@@ -185,7 +185,7 @@ def reward_model(ground: Ground, sft: Finished) -> Finished:
         "reward_model": {"path": sft.hf, "learning_rate": 3e-3},
         "data": {"train": {"path": ground.folder / "pairs.jsonl"}},
         "validation": {"data": {"path": ground.folder / "held_out_pairs.jsonl"}, "every": 2},
-        "train": {"steps": 30, "batch": 64, "micro_batch": 32},
+        "train": {"steps": 30, "batch": 64, "micro_batch": 32, "packing": True},
         "tracking": {"wandb": "online", "timeout": 4},
     }
     path = ground.recipe("reward_model", recipe)

@@ -1,0 +1,138 @@
+"""Packed forwards: sequences one behind the other in one row, without padding. Attention is the one place where they would meet, so it is replaced.
+
+The model is told the boundaries through the keyword `packed`, which transformers' models hand down to their attention, also where a layer is computed
+again for the backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlhf.batching import pack
+from rlhf.types import Packed
+
+# No mask function is registered under this name on purpose: transformers' mask creation then returns None at once.
+NAME = "rlhf_packed"
+
+_KNOWN = {"position_ids", "cache_position", "use_cache", "packed"}  # options of the attention call that say nothing new
+
+if torch.cuda.is_available():
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before 2.12 fewer key heads than query heads go without saying.
+    GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class _Latest:
+    """The packing of the latest forward; its backward pass follows before another forward begins."""
+
+    packed: Packed
+
+
+_latest = _Latest()
+
+
+def announce(packed: Packed) -> None:
+    """Of the forward that comes next."""
+    _latest.packed = packed
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    packed: Packed | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, HQ, t, D], key and value [1, HK, t, D] -> [1, t, HQ, D]. Causal, every sequence alone."""
+    packed = _latest.packed if packed is None else packed  # some families keep keywords to themselves
+    if query.shape[0] != 1 or query.shape[2] != len(packed.positions):
+        raise ValueError(f"a model for packed rows was called with {tuple(query.shape[::2])} tokens; the packing has {len(packed.positions)}")
+    if attention_mask is not None:
+        raise ValueError("its attention wants a mask or bias of its own")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ValueError("its attention is not causal")
+    for name, option in options.items():
+        if option is not None and option is not False and name not in _KNOWN:
+            raise ValueError(f"attention with {name}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [t, heads, D]
+    if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        ends, longest = packed.boundaries, packed.longest
+        out: Tensor = varlen_attn(
+            q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, window_size=window, scale=scale, **GROUPED
+        )
+        return out[None], None
+    return _in_groups(q, k, v, packed, scale, sliding_window)[None], None
+
+
+def _in_groups(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
+    """Sequences of about the same length side by side, padded on the right for this one operation."""
+    done = []
+    for group in packed.groups:
+        rows, width = group.index.shape
+        side = [t[group.index.flatten()].view(rows, width, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)]
+        mask = None
+        if window is not None and window < width:
+            place = torch.arange(width, device=q.device)
+            mask = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - window)
+        out = F.scaled_dot_product_attention(*side, mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        done.append(out.transpose(1, 2).flatten(0, 1)[group.real])
+    return torch.cat(done)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+
+
+def pack_attention(model: nn.Module) -> None:
+    """From here on the model computes packed forwards, and no others."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._attn_implementation_internal = NAME  # type: ignore[attr-defined]
+
+
+def check_packing(config: PretrainedConfig, key: str, trust_remote_code: bool = False) -> None:
+    """ValueError that names architecture and mend if packing would compute it wrongly; tried on the meta device, before weights are loaded."""
+
+    def refusal(why: object) -> ValueError:
+        return ValueError(f"{key}: model type {config.model_type!r} cannot be trained on packed rows: {why}; set train.packing=false")
+
+    if config.model_type == "falcon":
+        raise refusal("its attention does not go through transformers' attention interface")
+    for name in ("attn_logit_softcapping", "alibi"):
+        if getattr(config, name, None):
+            raise refusal(f"{name} in its attention")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    if model._is_stateful:
+        raise refusal("state-space, recurrent or linear-attention layers")
+    if not model._can_set_attn_implementation():
+        raise refusal("its attention does not go through transformers' attention interface")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise refusal("its forward takes no position_ids")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.RNNBase):
+            raise refusal(f"{path} mixes tokens outside attention")
+    pack_attention(model)
+    ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
+    packed = pack([3, 2]).to(torch.device("meta"))
+    announce(packed)
+    try:
+        model.eval()(input_ids=ids, position_ids=packed.positions[None], use_cache=False, packed=packed)
+    except Exception as error:
+        raise refusal(error) from error

@@ -1,0 +1,143 @@
+"""Packed rows: every family computes what it computes on rows alone, values and gradients; what cannot is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+)
+
+from rlhf.batching import MicroBatchPlan, collate, pack
+from rlhf.models.forward import last_token_scores, response_logprobs, response_values
+from rlhf.models.heads import ScalarModel
+from rlhf.models.packing import check_packing, pack_attention
+
+BASE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**BASE),
+    "qwen2": Qwen2Config(**BASE),
+    "qwen2 with windows": Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": Qwen3Config(**BASE, head_dim=16),
+    "mistral with windows": MistralConfig(**BASE, sliding_window=4),
+    "gpt2": GPT2Config(
+        vocab_size=97, n_embd=48, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=80),
+    "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=48, pad_token_id=0, dropout=0.0),
+    "phi3": Phi3Config(**BASE),
+    "olmo2": Olmo2Config(**BASE),
+    "stablelm": StableLmConfig(**BASE),
+    "cohere": CohereConfig(**BASE),
+    "mixtral": MixtralConfig(**BASE, num_local_experts=4),
+}
+PROMPTS, RESPONSES = torch.tensor([4, 2, 9, 1, 3]), torch.tensor([3, 8, 2, 1, 4])
+
+
+def build(config: PretrainedConfig) -> Any:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.5))
+    return model
+
+
+def gradients(model: Any, packing: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropies, all gradients) of rows 3, 1, 2, 0 of a batch."""
+    ids = torch.randint(3, 97, (5, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(8) < RESPONSES[:, None]
+    batch = collate(ids, PROMPTS, RESPONSES, mask, MicroBatchPlan([3, 1, 2, 0]), packing=packing)
+    model.zero_grad()
+    logprobs, entropy = response_logprobs(model, batch, 0.7, entropy_gradient=True)
+    weights = torch.randn(8, generator=torch.Generator().manual_seed(2))
+    ((logprobs + 0.3 * entropy) * weights * batch.mask).sum().backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return logprobs.detach() * batch.mask, entropy.detach() * batch.mask, grads
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_are_rows_alone(family: str, checkpointing: bool) -> None:
+    """Logprobs, entropies and gradients of packed rows are those of padded ones, also where layers are computed again for the backward pass."""
+    config = FAMILIES[family]
+    check_packing(config, "actor")
+    padded, packed = build(config), build(config)
+    pack_attention(packed)
+    if checkpointing:
+        packed.train()
+        packed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for found, expected in zip(gradients(packed, True), gradients(padded, False), strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_values_and_scores_of_packed_rows() -> None:
+    ids = torch.randint(3, 97, (5, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(8) < RESPONSES[:, None]
+    models = []
+    for packing in (False, True):
+        body = build(FAMILIES["llama"]).model
+        models.append(ScalarModel(body, 48))
+        torch.nn.init.constant_(models[-1].score.weight, 0.1)
+        if packing:
+            pack_attention(models[-1])
+    padded, packed = (collate(ids, PROMPTS, RESPONSES, mask, MicroBatchPlan([4, 0, 1]), packing=p) for p in (False, True))
+    known = torch.arange(9) <= padded.response_lengths[:, None]  # one more than the response
+    torch.testing.assert_close(response_values(models[1], packed)[known], response_values(models[0], padded)[known], atol=1e-5, rtol=1e-5)
+    lengths = PROMPTS + RESPONSES
+    expected = last_token_scores(models[0], ids, lengths)
+    torch.testing.assert_close(last_token_scores(models[1], ids, lengths, pack(lengths.tolist())), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (FalconConfig(**SMALL), "falcon.*attention interface"),
+        (Gemma2Config(**BASE, head_dim=8), "gemma2.*attn_logit_softcapping"),
+        (MambaConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2), "mamba.*state-space"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_by_name(config: PretrainedConfig, why: str) -> None:
+    with pytest.raises(ValueError, match=rf"actor: model type '{why}.*train.packing=false"):
+        check_packing(config, "actor")
+
+
+def test_a_packed_model_takes_no_padded_rows() -> None:
+    """A mistake of ours must not train on sequences that see each other."""
+    model = build(FAMILIES["llama"])
+    pack_attention(model)
+    gradients(model, True)
+    with pytest.raises(ValueError, match="called with"):
+        gradients(model, False)
