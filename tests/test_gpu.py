@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf.batching import MicroBatchPlan, collate
 from rlhf.config import TrainedModelConfig, resolve_deepspeed
 from rlhf.distributed import World, init_world
 from rlhf.models.forward import response_logprobs
+from rlhf.models.packing import pack_attention
 from rlhf.rollout.sampler import gumbel_noise, row_keys
 from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
 from tests.helpers import VOCABULARY, deepspeed_block, draw, rollout_engine
@@ -75,6 +77,27 @@ def test_rollout_logprobs_are_near_the_training_forwards(models: Path, dtype: to
     distance = (scores - rollout.rollout_logprobs)[rollout.response_mask].abs()
     assert float(distance.mean()) < limit / 4
     assert float(distance.max()) < limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_packed_rows_are_padded_rows(models: Path, dtype: torch.dtype, limit: float) -> None:
+    """Logprobs and gradients; in bfloat16 through torch's variable-length attention, whose backward pass runs nowhere else."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    lengths = torch.tensor([[3, 9], [12, 4], [1, 30], [7, 7], [20, 1]])
+    ids = torch.randint(4, VOCABULARY, (5, 31), generator=torch.Generator().manual_seed(4))
+    mask = torch.arange(30) < lengths[:, 1:]
+    found = []
+    for packing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=dtype, attn_implementation="sdpa").cuda()
+        if packing:
+            pack_attention(model)
+        batch = collate(ids, lengths[:, 0], lengths[:, 1], mask, MicroBatchPlan([0, 1, 2, 3, 4]), packing=packing).to(torch.device("cuda"))
+        logprobs, _ = response_logprobs(model, batch, 1.0)
+        (logprobs * batch.mask).sum().backward()
+        gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+        found.append((logprobs.detach() * batch.mask, gradient))
+    for padded, packed in zip(*found, strict=True):
+        assert float((padded - packed).norm() / padded.norm()) < limit
 
 
 def test_bf16_training_under_zero_3(models: Path, world: World, tmp_path: Path) -> None:
