@@ -106,28 +106,31 @@ def pack_attention(model: nn.Module) -> None:
             module.config._attn_implementation_internal = NAME  # type: ignore[attr-defined]
 
 
+def obstacle(model: PreTrainedModel, interface: bool = True) -> str | None:
+    """Why another attention function would not keep sequences of one row apart. interface: it is to come through transformers' interface."""
+    if model._is_stateful:
+        return "state-space, recurrent or linear-attention layers"
+    if interface and not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' attention interface"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no position_ids"
+    mixing = [path for path, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.RNNBase)]
+    return f"{mixing[0]} mixes tokens outside attention" if mixing else None
+
+
 def check_packing(config: PretrainedConfig, key: str, trust_remote_code: bool = False) -> None:
     """ValueError that names architecture and mend if packing would compute it wrongly; tried on the meta device, before weights are loaded."""
 
     def refusal(why: object) -> ValueError:
         return ValueError(f"{key}: model type {config.model_type!r} cannot be trained on packed rows: {why}; set train.packing=false")
 
-    if config.model_type == "falcon":
-        raise refusal("its attention does not go through transformers' attention interface")
     for name in ("attn_logit_softcapping", "alibi"):
         if getattr(config, name, None):
             raise refusal(f"{name} in its attention")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
-    if model._is_stateful:
-        raise refusal("state-space, recurrent or linear-attention layers")
-    if not model._can_set_attn_implementation():
-        raise refusal("its attention does not go through transformers' attention interface")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise refusal("its forward takes no position_ids")
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv1d | nn.RNNBase):
-            raise refusal(f"{path} mixes tokens outside attention")
+    if why := obstacle(model):
+        raise refusal(why)
     pack_attention(model)
     ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
     packed = pack([3, 2]).to(torch.device("meta"))

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
+from rlhf.models.packing import obstacle
 from rlhf.rollout.paged import CacheShape, Step
 
 # No mask function is registered under this name on purpose: transformers' mask creation then returns None at once (masking_utils,
@@ -267,15 +268,9 @@ def refuse_unsupported(config: PreTrainedConfig, max_context: int, model_class: 
         raise _refusal(config, f"it has {table} positions, and up to {max_context} tokens are asked for")
     with torch.device("meta"):
         model = _construct(copy.deepcopy(config), model_class)
-    if model._is_stateful:
-        raise _refusal(config, "state-space, recurrent or linear-attention layers")
-    if not (model._can_set_attn_implementation() or family == "falcon"):
-        raise _refusal(config, "its attention does not go through transformers' attention interface")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise _refusal(config, "its forward takes no position_ids")
+    if why := obstacle(model, interface=family != "falcon"):
+        raise _refusal(config, why)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Conv1d | nn.RNNBase):
-            raise _refusal(config, f"{path} mixes tokens outside attention")
         learned = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
         if learned and ("pos" in path or "wpe" in path) and max_context > (rows := module.num_embeddings - getattr(module, "offset", 0)):
             raise _refusal(config, f"it has {rows} positions, and up to {max_context} tokens are asked for")
