@@ -27,7 +27,7 @@ INTRODUCTION = """\
 
 # Benchmarks
 
-Every number was measured with the command that stands below its table, at the commit in its row.
+Every number was measured with the command that stands below its table, at the commit in its row. In brackets: 95 % intervals.
 """
 
 
@@ -73,11 +73,25 @@ def render(folder: Path = FOLDER) -> str:
     for bench, group in groupby(rows, key=lambda row: row["bench"]):
         results = list(group)
         lines = [f"## {bench}", "", f"| {' | '.join(SHOWN)} |", "|" + "---|" * len(SHOWN)]
-        lines += ["| " + " | ".join(_cell(row[field]) for field in SHOWN) + " |" for row in results]
+        ends = {_of(row): row["value"] for row in results}
+        for row in results:
+            at = _of(row)
+            if at[0].endswith((" low", " high")) and (at[0].rsplit(" ", 1)[0], *at[1:]) in ends:
+                continue  # shown beside its value
+            low, high = (ends.get((f"{at[0]} {end}", *at[1:])) for end in ("low", "high"))
+            cells = [_cell(row[field]) for field in SHOWN]
+            if low is not None and high is not None:
+                cells[SHOWN.index("value")] += f" [{_cell(low)}, {_cell(high)}]"
+            lines.append("| " + " | ".join(cells) + " |")
         lines += ["", *sorted({f"    {row['command']}" for row in results})]
         parts.append("\n".join(lines) + "\n")
     parts += [note.read_text(encoding="utf-8").strip() + "\n" for note in sorted((folder / "notes").glob("*.md"))]
     return "\n".join(parts)
+
+
+def _of(row: dict[str, Any]) -> tuple[str, ...]:
+    """Metric and the run that it was measured in."""
+    return tuple(str(row[field]) for field in ("metric", "case", "machine", "commit", "date"))
 
 
 def add_result(pairs: list[str], folder: Path = FOLDER) -> None:
