@@ -143,6 +143,12 @@ class World:
 
         return take
 
+    def fair_queue(self, prompts: int, group: int) -> dict[str, Any]:
+        """How `generate` shares `prompts` groups of `group` rows out by queue: {take, most, share}. A rank has no more rows in flight than three
+        quarters of an even share, so that the rest goes to whoever is done first. All ranks make it."""
+        most = max(group, -(-prompts * group * 3 // (4 * self.size)))
+        return {"take": self.shared_queue(prompts), "most": most, "share": -(-prompts // self.size)}
+
     def wait_for_all(self, phase: str, poll: float = 0.002) -> None:
         """Wait until every rank has arrived here, on the store: no collective, so no collective's timeout, however uneven the ranks are.
 

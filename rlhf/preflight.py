@@ -21,6 +21,7 @@ from rlhf.config import (
 from rlhf.distributed import launch_environment
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
+from rlhf.models.packing import check_packing
 from rlhf.rewards import FunctionReward
 from rlhf.rollout.decoder import is_lean
 from rlhf.rollout.generic import refuse_unsupported
@@ -36,7 +37,9 @@ SHARDED = {
 def check(config: Config, world_size: int, on_gpu: bool) -> None:
     """Model folders, DeepSpeed settings and reward functions of every role exist and fit; ValueError names the key and the mend."""
     for name, role in roles(config):
-        read_architecture(role, name)
+        architecture = read_architecture(role, name)
+        if config.train.packing:
+            check_packing(architecture, name, role.trust_remote_code)
         role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
     if config.task == "rl":
         hybrid_engine_words(config)

@@ -37,7 +37,6 @@ def main(args: argparse.Namespace) -> None:
     prompts, draws = [Prompt(row, "", "bench") for row in ids], list(range(args.prompts))
     lengths = [n for i in draws for n in [SHORT if i % 2 else args.longest] * args.samples]
     sampling = Sampling(args.longest)
-    most = max(args.samples, -(-args.prompts * args.samples * 3 // (4 * world.size)))  # as in training
 
     def planned(forced: list[int]) -> Any:
         mine = draws[world.rank :: world.size]
@@ -45,8 +44,7 @@ def main(args: argparse.Namespace) -> None:
         return engine.generate([prompts[i] for i in mine], mine, args.samples, sampling, forced=own)
 
     def queue(forced: list[int]) -> Any:
-        take, share = world.shared_queue(args.prompts), -(-args.prompts // world.size)
-        return engine.generate(prompts, draws, args.samples, sampling, take=take, most=most, share=share, forced=forced)
+        return engine.generate(prompts, draws, args.samples, sampling, **world.fair_queue(args.prompts, args.samples), forced=forced)
 
     uneven = [1 if i % world.size == 0 else args.longest for i in draws for _ in range(args.samples)]
     for name, way, forced in (("plan", planned, lengths), ("queue", queue, lengths), ("one token against the longest", planned, uneven)):

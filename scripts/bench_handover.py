@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
             print(json.dumps(report | {"gib": round(rollout.parameters * dtype.itemsize / 2**30, 2), "machine": machine}), flush=True)
 
     def switches() -> None:
-        prompt, sampling = [Prompt([1], "", "bench")], Sampling(1)
+        prompt, sampling = [Prompt([1], "", "bench")], Sampling(2)  # the first token comes from the prefill, the second from a decode step
         spent: dict[str, list[float]] = {"enter": [], "leave": []}
         used = []
         for _ in range(args.switches):

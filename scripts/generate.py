@@ -250,13 +250,8 @@ def generate(a: argparse.Namespace) -> None:
     try:
         for numbers in batched(len(prompts), max(1, ROWS_AT_ONCE // a.samples)):
             asked = [prompts[i] for i in numbers]
-            take, most, share = None, 0, 0
-            if world.size > 1:  # no more in flight than three quarters of an even share: the rest goes to whoever is done first
-                take, share = world.shared_queue(len(asked)), -(-len(asked) // world.size)
-                most = max(a.samples, -(-len(asked) * a.samples * 3 // (4 * world.size)))
-            local = engine.generate(
-                asked, list(numbers), a.samples, sampling, take=take, most=most, share=share, on_finished=progress.on_finished
-            )  # fmt: skip
+            queue = world.fair_queue(len(asked), a.samples) if world.size > 1 else {}
+            local = engine.generate(asked, list(numbers), a.samples, sampling, **queue, on_finished=progress.on_finished)
             world.wait_for_all("generate")
             rollout = gather_rollout(local, dict(zip(numbers, asked, strict=True)), world)  # (collective)
             tokens += int(rollout.response_lengths.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ from rlhf.batching import MicroBatchPlan, collate, pack
 from rlhf.models.forward import last_token_scores, response_logprobs, response_values
 from rlhf.models.heads import ScalarModel
 from rlhf.models.packing import check_packing, pack_attention
+from rlhf.preflight import check
+from tests.helpers import rl_config
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
@@ -132,6 +135,15 @@ def test_values_and_scores_of_packed_rows() -> None:
 def test_what_cannot_be_packed_is_refused_by_name(config: PretrainedConfig, why: str) -> None:
     with pytest.raises(ValueError, match=rf"actor: model type '{why}.*train.packing=false"):
         check_packing(config, "actor")
+
+
+def test_every_role_is_asked_before_anything_loads(models: Path, tmp_path: Path) -> None:
+    """A reference that cannot be packed is named by the preflight."""
+    FalconConfig(**SMALL).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    config = rl_config(models, algorithm={"kl": {"coef": 0.1}}, reference={"path": tmp_path}, train={"packing": True})
+    with pytest.raises(ValueError, match="reference: model type 'falcon' cannot be trained on packed rows"):
+        check(config, 1, on_gpu=False)
 
 
 def test_a_packed_model_takes_no_padded_rows() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from rlhf.config import ModelConfig, role_dtype
 from rlhf.distributed import World
 from rlhf.models.heads import ScalarModel
-from rlhf.models.packing import check_packing, pack_attention
+from rlhf.models.packing import pack_attention
 
 SCORE_STATISTICS = "score_statistics.json"  # beside a reward model's weights: mean and std of its scores on training responses
 
@@ -101,10 +101,7 @@ def empty_causal_lm(config: ModelConfig, key: str, placement: Placement, dtype: 
 
 
 def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, packing: bool = False) -> nn.Module:
-    """The actor or the reference, placed and verified. packing: for packed forwards; ValueError if its architecture cannot. (collective where
-    partitioned)"""
-    if packing:
-        check_packing(without_dropout(read_architecture(config, key)), key, config.trust_remote_code)
+    """The actor or the reference, placed and verified. packing: for packed forwards, which `check_packing` allows. (collective where partitioned)"""
     module = empty_causal_lm(config, key, placement, dtype)
     _fill(module, config, placement, world, optional=())
     if packing:
@@ -117,8 +114,6 @@ def load_scalar_model(
 ) -> ScalarModel:
     """A critic or reward model. head: "keep" the folder's `score.weight` (ValueError if it has none) or start from "zero"; packing: as above."""
     architecture = without_dropout(read_architecture(config, key))
-    if packing:
-        check_packing(architecture, key, config.trust_remote_code)
 
     def build() -> nn.Module:
         body = AutoModel.from_config(architecture, dtype=dtype, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code)

@@ -469,6 +469,24 @@ class Shaping:
 
 
 @triton.jit
+def _row(
+    LOGITS, stride, SOURCE, ROW, NUMBER, LEAST, SEEN, row, vocabulary,
+    MAPPED: tl.constexpr, FORBIDS: tl.constexpr, PENALISES: tl.constexpr,
+):  # fmt: skip
+    """(its logits, its tokens under the penalty, whether it may not end yet)"""
+    source = row.to(tl.int64)
+    if MAPPED:
+        source = tl.load(SOURCE + row).to(tl.int64)
+    seen = SEEN
+    if PENALISES:
+        seen = SEEN + tl.load(ROW + row) * vocabulary
+    early = row < 0
+    if FORBIDS:
+        early = tl.load(NUMBER + row) < tl.load(LEAST + row)
+    return LOGITS + source * stride, seen, early
+
+
+@triton.jit
 def _shaped(
     LOGITS, FORBIDDEN, SEEN, token, vocabulary, early, penalty, temperature,
     TEMPERED: tl.constexpr, FORBIDS: tl.constexpr, PENALISES: tl.constexpr,
@@ -502,15 +520,7 @@ def _thresholds(
     if EARLY:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
-    source = row.to(tl.int64)
-    if MAPPED:
-        source = tl.load(SOURCE + row).to(tl.int64)
-    logits, seen = LOGITS + source * stride, SEEN
-    if PENALISES:
-        seen = SEEN + tl.load(ROW + row) * vocabulary
-    early = False
-    if FORBIDS:
-        early = tl.load(NUMBER + row) < tl.load(LEAST + row)
+    logits, seen, early = _row(LOGITS, stride, SOURCE, ROW, NUMBER, LEAST, SEEN, row, vocabulary, MAPPED, FORBIDS, PENALISES)
     i = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], -float("inf"), tl.float32)
     for begin in range(0, vocabulary, BLOCK):
@@ -556,18 +566,10 @@ def _sample_parts(
     row, part = tl.program_id(1), tl.program_id(0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    source = row.to(tl.int64)
-    if MAPPED:
-        source = tl.load(SOURCE + row).to(tl.int64)
-    seen = SEEN
-    if PENALISES:
-        seen = SEEN + tl.load(ROW + row) * vocabulary
-    early = False
-    if FORBIDS:
-        early = tl.load(NUMBER + row) < tl.load(LEAST + row)
+    logits, seen, early = _row(LOGITS, stride, SOURCE, ROW, NUMBER, LEAST, SEEN, row, vocabulary, MAPPED, FORBIDS, PENALISES)
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     token = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    x = _shaped(LOGITS + source * stride, FORBIDDEN, seen, token, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
+    x = _shaped(logits, FORBIDDEN, seen, token, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
     if CUTS:
         x = tl.where(x >= tl.load(THRESHOLD + row), x, -float("inf"))
     most = tl.maximum(tl.max(x, 1), -1e38)  # of each block; a block without any allowed token must not give inf - inf
@@ -611,17 +613,9 @@ def _sample_merge(
     if ENTROPY:
         mean = tl.sum(tl.load(MEAN + row * parts + i, mask=inside, other=0.0) * scale, 0) / total
         tl.store(ENTROPIES + row, most + tl.log(total) - mean)
-    source = row.to(tl.int64)
-    if MAPPED:
-        source = tl.load(SOURCE + row).to(tl.int64)
-    seen = SEEN
-    if PENALISES:
-        seen = SEEN + tl.load(ROW + row) * vocabulary
-    early = False
-    if FORBIDS:
-        early = tl.load(NUMBER + row) < tl.load(LEAST + row)
+    logits, seen, early = _row(LOGITS, stride, SOURCE, ROW, NUMBER, LEAST, SEEN, row, vocabulary, MAPPED, FORBIDS, PENALISES)
     token = block * WIDTH + tl.arange(0, WIDTH)
-    x = _shaped(LOGITS + source * stride, FORBIDDEN, seen, token, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
+    x = _shaped(logits, FORBIDDEN, seen, token, vocabulary, early, penalty, temperature, TEMPERED, FORBIDS, PENALISES)
     if CUTS:
         x = tl.where(x >= tl.load(THRESHOLD + row), x, -float("inf"))
     value = x

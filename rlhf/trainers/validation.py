@@ -79,8 +79,7 @@ def share_out(
 ) -> Rollout:
     """This rank's part of the responses to all prompts; the same tokens however they are shared out (trap 25). No collective.
 
-    By plan every rank takes each size-th prompt. By queue a rank pulls the next prompt when it has room, and has no more rows in flight than its
-    even share of them times three quarters: the rest goes to whoever is done first.
+    By plan every rank takes each size-th prompt. By queue a rank pulls the next prompt when it has room (`World.fair_queue`).
     """
     group = group_size or config.rollout.group_size
     deterministic = config.deterministic if config.deterministic is not None else world.device.type == "cpu"
@@ -96,9 +95,7 @@ def share_out(
     heard = ended if early is not None else None
     if planned:
         return engine.generate(prompts, draws, group, sampling, on_finished=heard)
-    most = max(group, -(-len(prompts) * group * 3 // (4 * world.size)))
-    share = -(-len(prompts) // world.size)
-    return engine.generate(prompts, draws, group, sampling, take=world.shared_queue(len(prompts)), most=most, share=share, on_finished=heard)
+    return engine.generate(prompts, draws, group, sampling, **world.fair_queue(len(prompts), group), on_finished=heard)
 
 
 def _interval(metrics: dict[str, float], name: str, correct: torch.Tensor) -> None:
