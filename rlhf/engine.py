@@ -247,25 +247,19 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterat
     """Every parameter, whole, into the contiguous tensor beside it; yields the index of each once what follows on the stream may use it, while the
     rest is on its way. The host does not wait. (collective; to be run to its end)"""
     here: list[int] = []
-    little: tuple[list[Tensor], list[Tensor]] = ([], [])
+    copies: list[tuple[Tensor, Tensor]] = []
     gathers: list[tuple[int, Tensor, Tensor]] = []
     padded: list[int] = []
     for i, (parameter, target) in enumerate(pairs):
         shard, count = _shard(parameter), target.numel()
         if shard is None or (world.size == 1 and shard.numel() == count):
-            own = parameter.detach() if shard is None else shard.view(target.shape)
             here.append(i)
-            if count >= ONE_BY_ONE:
-                target.copy_(own, non_blocking=True)
-            else:
-                little[0].append(target)
-                little[1].append(own)
+            copies.append((target, parameter.detach() if shard is None else shard))
         elif shard.numel() * world.size == count and shard.dtype == target.dtype:
             gathers.append((i, target.view(-1), shard.to(world.device)))
         else:
             padded.append(i)
-    if little[0]:
-        torch._foreach_copy_(*little)  # type: ignore[attr-defined]
+    _copy_all(copies)
     for start in range(0, len(padded), 32):
         part = padded[start : start + 32]
         with GatheredParameters([pairs[i][0] for i in part]):
@@ -276,6 +270,43 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterat
     yield from here
     for group in arrived:
         yield from (gathers[k][0] for k in group)
+
+
+def _copy_all(copies: list[tuple[Tensor, Tensor]]) -> None:
+    """target.copy_(source) for all, those that follow each other on both sides in one: there are hundreds of tensors, and each launch costs."""
+    little: tuple[list[Tensor], list[Tensor]] = ([], [])
+    start = 0
+    while start < len(copies):
+        target, source = copies[start]
+        count = target.numel()
+        end = start + 1
+        size = target.element_size()
+        alike = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
+        while alike and end < len(copies):
+            t, s = copies[end]
+            ahead = (t.data_ptr() - target.data_ptr(), s.data_ptr() - source.data_ptr())
+            if ahead != (count * size, count * size) or t.dtype != target.dtype or s.dtype != source.dtype:
+                break
+            if not (t.is_contiguous() and s.is_contiguous() and _same_storage(t, target) and _same_storage(s, source)):
+                break
+            count += t.numel()
+            end += 1
+        if alike:
+            target, source = target.as_strided((count,), (1,)), source.as_strided((count,), (1,))
+        else:
+            source = source.view(target.shape)
+        if count >= ONE_BY_ONE:
+            target.copy_(source, non_blocking=True)
+        else:
+            little[0].append(target)
+            little[1].append(source)
+        start = end
+    if little[0]:
+        torch._foreach_copy_(*little)  # type: ignore[attr-defined]
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _differing(parameter: nn.Parameter, whole: Tensor, world: World, turn: int) -> Tensor:
@@ -418,6 +449,12 @@ class TrainEngine:
     def full_tensors(self, layout: Sequence[WeightSource]) -> Iterator[tuple[str, Tensor]]:
         """`full_tensors` of this model's weights. (collective)"""
         return full_tensors(layout)
+
+    def whole_weights(self, layout: Sequence[WeightSource]) -> dict[str, Tensor] | None:
+        """The plain model's tensors where they lie; None where they are in parts (ZeRO-3) or stand for less than the model (adapters)."""
+        if self.stage == 3 or any(source.lora_a is not None for source in layout):
+            return None
+        return {source.name: source.weight.detach() for source in layout}
 
     @torch.no_grad()
     def gather_into(self, layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Tensor:

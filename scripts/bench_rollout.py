@@ -37,7 +37,7 @@ def build(shape: str, max_batch: int, max_context: int) -> HybridEngine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = HybridEngine(config, [eos], eos, EngineSettings(max_batch=max_batch, max_context=max_context), device, torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
-    for name, tensor in engine.weights.items():
+    for name, tensor in engine.own_weights().items():
         if tensor.ndim == 1 and "norm" in name:
             tensor.fill_(1.0)
         else:

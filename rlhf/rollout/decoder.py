@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlhf.rollout import kernels
 from rlhf.rollout.paged import CacheShape, DecodeStep, PrefillStep, Step
-from rlhf.rollout.weights import Slice
+from rlhf.rollout.weights import Slice, vectors_last
 
 LEAN_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -87,7 +87,7 @@ def lean_layout(config: PretrainedConfig) -> list[Slice]:
     slices.append(Slice("model.norm.weight", (hidden,)))
     if not c.tie_word_embeddings:
         slices.append(Slice("lm_head.weight", (c.vocab_size, hidden)))
-    return slices
+    return vectors_last(slices)
 
 
 def _head_dim(c: Any) -> int:

@@ -27,7 +27,7 @@ from rlhf.rollout.loop import DecodeLoop, Outputs, Slots, draw_tokens
 from rlhf.rollout.memory import DeviceBuffer
 from rlhf.rollout.paged import PagedCache, PrefillStep, Segment
 from rlhf.rollout.schedule import FIRST_ROWS, Schedule, assemble
-from rlhf.rollout.weights import Slice, buffer_elements, fill, views
+from rlhf.rollout.weights import Slice, buffer_elements, fill, in_place, vectors_last, views
 from rlhf.types import Prompt, Rollout, Sampling
 
 
@@ -85,11 +85,11 @@ class HybridEngine:
             with init_empty_weights(include_buffers=False):
                 self._model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             self._model.tie_weights()  # init_empty_weights makes a parameter of its own for every name
-            self._layout = [Slice(name, tuple(p.shape)) for name, p in self._model.named_parameters()]
+            self._layout = vectors_last([Slice(name, tuple(p.shape)) for name, p in self._model.named_parameters()])
             every = list(self._model.named_parameters(remove_duplicate=False))
             self.aliases = {name: [n for n, q in every if q is p and n != name] for name, p in self._model.named_parameters()}
-        self._storage = DeviceBuffer(buffer_elements(self._layout) * dtype.itemsize, device)
-        self.weights = views(self._storage.tensor.view(dtype), self._layout)
+        self.weights: dict[str, Tensor] = {}  # handed over or borrowed
+        self._storage: DeviceBuffer | None = None  # of weights of its own
         self._pool: DeviceBuffer | None = None
         self._wrong: Tensor | None = None
         self._warm = False
@@ -97,8 +97,9 @@ class HybridEngine:
         self._decoder: Decoder | None = None
         self._loop: DecodeLoop | None = None
         self._outputs: Outputs | None = None
-        if self._model is not None:
-            self._model = GenericDecoder(_with_weights(self._model, self.weights, device))
+        if self._model is not None:  # what it cannot do is refused here, before anything is loaded
+            self.own_weights()
+            self._model = GenericDecoder(self._model)
 
     @classmethod
     def from_folder(
@@ -119,7 +120,7 @@ class HybridEngine:
         )  # fmt: skip
         files = tensor_names(folder)
         prefix = "model" if engine.lean else engine._model.model.base_model_prefix
-        keys = {name: file_key(name, engine.aliases.get(name, []), files, prefix) for name in engine.weights}
+        keys = {piece.name: file_key(piece.name, engine.aliases.get(piece.name, []), files, prefix) for piece in engine._layout}
         missing = sorted(name for name, key in keys.items() if key is None)
         if missing:
             raise ValueError(f"{folder}: the weights lack {missing[:3]}")
@@ -136,18 +137,46 @@ class HybridEngine:
         """Take over the actor's weights: whole tensors under transformers' names. (collective, through that iterator)
 
         Raises RuntimeError if names or shapes do not cover the model exactly."""
-        self._storage.restore()
-        fill(self.weights, tensors)
+        fill(self.own_weights(), tensors)
 
     @torch.no_grad()
     def take_over(self, gather: Callable[[dict[str, Tensor]], Tensor]) -> None:
         """The weights of a training engine: `gather` writes them to their places in the buffer and returns how many elements came out wrong, which
         `generate` looks at, so that nobody waits here. (collective)"""
+        self._wrong = gather(self.own_weights())
+
+    def borrow(self, weights: dict[str, Tensor]) -> bool:
+        """Compute on a training engine's own weights from here on: whole tensors under transformers' names, which must keep their addresses and are
+        never written. False, and nothing has changed, where they do not lie as the decoder needs them: q, k, v and gate, up next to each other.
+
+        Raises RuntimeError if names or shapes do not cover the model exactly."""
+        expected = {piece.name: piece.shape for piece in self._layout}
+        if {name: tuple(tensor.shape) for name, tensor in weights.items()} != expected:
+            raise RuntimeError("borrowed weights do not cover the model")
+        if not in_place(weights, self._layout, self.dtype, self.device):
+            return False
+        if {name: tensor.data_ptr() for name, tensor in weights.items()} != {name: tensor.data_ptr() for name, tensor in self.weights.items()}:
+            self._storage = None
+            self._compute_on({name: tensor.detach() for name, tensor in weights.items()})
+        return True
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """The weights in a buffer of its own, made with undefined content if there is none."""
+        if self._storage is None:
+            self._storage = DeviceBuffer(buffer_elements(self._layout) * self.dtype.itemsize, self.device)
+            self._compute_on(views(self._storage.tensor.view(self.dtype), self._layout))
         self._storage.restore()
-        self._wrong = gather(self.weights)
+        return self.weights
+
+    def _compute_on(self, weights: dict[str, Tensor]) -> None:
+        """Other addresses: what was made for the old ones goes."""
+        self._loop = self._outputs = self._pool = self._decoder = None
+        self.weights = weights
+        if self._model is not None:
+            _with_weights(self._model.model if isinstance(self._model, GenericDecoder) else self._model, weights, self.device)
 
     def release(self) -> None:
-        """Weights and KV cache give their memory back; graphs keep their addresses. `load_weights` takes it again."""
+        """Weights (if they are its own) and KV cache give their memory back; graphs keep their addresses. `load_weights` takes it again."""
         for buffer in (self._storage, self._pool):
             if buffer is not None:
                 buffer.release()
@@ -159,8 +188,8 @@ class HybridEngine:
         """Cache, state and graphs for calls of up to `rows` rows, `max_context` tokens, `window` response tokens. Kept while they suffice."""
         s = self.settings
         max_context = max(max_context, s.max_context)
-        if not self._storage.mapped:
-            raise RuntimeError("the rollout's weights were released: load_weights or take_over comes first")
+        if not self.weights or (self._storage is not None and not self._storage.mapped):
+            raise RuntimeError("the rollout has no weights, or they were released: load_weights, take_over or borrow comes first")
         if self._pool is not None and not self._pool.mapped:
             try:
                 self._pool.restore()
@@ -298,8 +327,8 @@ class HybridEngine:
         return call.rollout()
 
 
-def _with_weights(model: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
-    """The model with its parameters in the flat buffer, and its buffers on the device."""
+def _with_weights(model: Any, weights: dict[str, Tensor], device: torch.device) -> None:
+    """The model with these tensors as its parameters, and its buffers on the device."""
     owners = dict(model.named_modules())
     shared: dict[int, torch.nn.Parameter] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -312,4 +341,4 @@ def _with_weights(model: Any, weights: dict[str, Tensor], device: torch.device) 
         for leaf, tensor in module._buffers.items():
             if tensor is not None:
                 module._buffers[leaf] = tensor.to(device)
-    return model.eval()
+    model.eval()

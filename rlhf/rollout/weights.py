@@ -31,6 +31,23 @@ def _places(layout: list[Slice]) -> list[tuple[Slice, int, int]]:
     return placed
 
 
+def vectors_last(layout: list[Slice]) -> list[Slice]:
+    """Matrices before vectors, as optimizers group them: neighbours of the training weights are neighbours here, and one copy brings them all."""
+    return sorted(layout, key=lambda piece: len(piece.shape) < 2)
+
+
+def in_place(weights: dict[str, Tensor], layout: list[Slice], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a decoder can compute on these tensors where they lie: contiguous, joined ones behind each other, 16-byte loads possible."""
+    behind = 0
+    for piece in layout:
+        tensor = weights[piece.name]
+        at = tensor.data_ptr()
+        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous() or (at != behind if piece.joined else at % 16):
+            return False
+        behind = at + tensor.numel() * tensor.element_size()
+    return True
+
+
 def buffer_elements(layout: list[Slice]) -> int:
     return _places(layout)[-1][2]
 

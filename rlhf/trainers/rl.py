@@ -94,7 +94,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     release = config.rollout.release or hybrid_engine_words(config)["release"]
 
     def hand_over() -> None:  # (collective)
-        models.hybrid_engine.take_over(lambda weights: models.actor.gather_into(layout, weights))
+        whole = models.actor.whole_weights(layout)
+        if whole is None or not models.hybrid_engine.borrow(whole):
+            models.hybrid_engine.take_over(lambda weights: models.actor.gather_into(layout, weights))
 
     if start < steps:
         hand_over()  # (collective)

@@ -25,7 +25,7 @@ def rollout_engine(models: Path, name: str, world: World, **settings: Any) -> Hy
     config = AutoConfig.from_pretrained(models / name)
     engine = HybridEngine(config, [3], 3, EngineSettings(**settings), world.device, torch.float32, beat=world.beat)
     with torch.no_grad():
-        for i, tensor in enumerate(engine.weights.values()):
+        for i, tensor in enumerate(engine.own_weights().values()):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
     return engine
 
@@ -39,7 +39,7 @@ def take_over(world: World, models: Path, name: str, stage: int, lora: bool, dam
     layout = weight_layout(engine.module)
     train(engine, world, 1)
     before = {n: t.clone() for n, t in engine.full_tensors(layout)}
-    addresses = [t.data_ptr() for t in hybrid.weights.values()]
+    addresses = [t.data_ptr() for t in hybrid.own_weights().values()]
     if damage == "merge":
         merge = WeightSource.merge_into
         WeightSource.merge_into = lambda self, base, a, b: merge(self, base, a, 1.1 * b)  # type: ignore[method-assign]
@@ -96,6 +96,23 @@ def test_trap_21_a_wrong_adapter_stops_the_rollout(models: Path) -> None:
     """trap 21: what was gathered to be merged is compared too; a merge of wrong adapters is right in itself."""
     messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, True, "adapters")]
     assert "trap 21" in messages[1]
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+def test_copies_of_neighbours_become_one(gap: int) -> None:
+    """Every tensor arrives, and nothing between or behind them is touched, whether or not they follow each other."""
+    generator = torch.Generator().manual_seed(gap)
+    sizes = [5, 2 << 20, 7, 1, 1 << 20, 9]
+    source, target = (torch.randn(sum(sizes) + 40, generator=generator) for _ in range(2))
+    expected, copies, at = target.clone(), [], 1
+    for i, size in enumerate(sizes):
+        there = at + gap * (i % 2)
+        copies.append((target[there : there + size].view(1, size), source[at : at + size]))
+        expected[there : there + size] = source[at : at + size]
+        at = there + size
+    other = torch.zeros(4, dtype=torch.bfloat16)
+    engine_module._copy_all([*copies, (other.view(2, 2), torch.ones(4))])
+    assert torch.equal(target, expected) and torch.equal(other, torch.ones(4, dtype=torch.bfloat16))
 
 
 def turns(world: World, models: Path) -> list[int]:
