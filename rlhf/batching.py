@@ -123,7 +123,14 @@ def collate(
         mask=mask[rows, :window] & (not plan.weightless),
         columns={name: column[rows, :window] for name, column in (columns or {}).items()},
         packed=pack((p + n).tolist()) if packing else None,
+        responses=_cells(n) if packing else None,
     )
+
+
+def _cells(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, column) of every cell of rows of these lengths, row by row."""
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return row, torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
 
 
 PADDING = 1.25  # what a group may be padded to, as a multiple of its tokens

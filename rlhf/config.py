@@ -324,12 +324,12 @@ class TrainConfig(Section):
     micro_batch_tokens: int | None = Field(
         None, ge=1, description="tokens per forward on a rank instead of rows: forwards of equal length, as few as will do; needs packing"
     )
-    packing: bool = Field(False, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
+    packing: bool = Field(True, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.micro_batch_tokens and not self.packing:
-            raise ValueError("micro_batch_tokens counts tokens of packed rows: set packing=true too, or give micro_batch instead")
+            raise ValueError("micro_batch_tokens counts tokens of packed rows: leave out packing=false, or give micro_batch instead")
         return self
 
 

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from rlhf.config import TrainedModelConfig
 from rlhf.distributed import World
 from rlhf.models.loading import Placement, weighted_bits
 from rlhf.models.lora import WeightSource
+from rlhf.rollout import HybridEngine
 
 logger = logging.getLogger(__name__)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -195,21 +196,16 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     """Write the plain model's tensors, adapters merged, to their places in `weights`, shards all-gathered straight into them. (collective)
 
     Adapters are merged into what has arrived while the rest is on its way. Returns how many elements that this rank can judge came out wrong, as a
-    tensor that nobody has waited for; CHECKED tensors are looked at, others each `turn` (trap 21). Raises RuntimeError if names or shapes do not
-    cover `weights` exactly.
+    tensor that nobody has waited for; CHECKED tensors are looked at, others each `turn` (trap 21). `weights` as `check_fit` wants them.
     """
-    pairs = [(s.weight, weights.get(s.name)) for s in layout]
-    if len(pairs) != len(weights) or any(view is None or view.shape != _shape(parameter) for parameter, view in pairs):
-        given = {(s.name, tuple(_shape(s.weight))) for s in layout}
-        wrong_names = sorted(given ^ {(name, tuple(view.shape)) for name, view in weights.items()})
-        raise RuntimeError(f"hand-over of weights: {wrong_names[:3]} of actor and rollout do not fit each other")
+    pairs = [(s.weight, weights[s.name]) for s in layout]
     small = [p for s in layout if s.lora_a is not None for p in s.parameters[1:]]
     adapters = {id(p): torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small}
     for _ in _bring([(p, adapters[id(p)]) for p in small], world):
         pass
     checked = {(turn * CHECKED + i) % len(layout) for i in range(CHECKED)}
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)
-    for i in _bring(pairs, world):  # type: ignore[arg-type]
+    for i in _bring(pairs, world):
         source = layout[i]
         if i not in checked and source.lora_a is None:
             continue
@@ -228,9 +224,18 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     return wrong
 
 
+def check_fit(layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> None:
+    """RuntimeError if names or shapes do not cover `weights` exactly (trap 21)."""
+    given = {(s.name, tuple(_shape(s.weight))) for s in layout}
+    wrong_names = sorted(given ^ {(name, tuple(view.shape)) for name, view in weights.items()})
+    if wrong_names:
+        raise RuntimeError(f"hand-over of weights: {wrong_names[:3]} of actor and rollout do not fit each other")
+
+
 CHECKED = 4  # tensors compared after each hand-over, and rows of each after merging
 CHECKED_ELEMENTS = 8 << 20  # at most, of one tensor: others each time
 ONE_BY_ONE = 1 << 20  # elements from which a copy of its own is faster than one kernel for many
+ONE_COPY = 128 << 20  # bytes from which a copy is launched, whatever follows
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
@@ -247,19 +252,21 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterat
     """Every parameter, whole, into the contiguous tensor beside it; yields the index of each once what follows on the stream may use it, while the
     rest is on its way. The host does not wait. (collective; to be run to its end)"""
     here: list[int] = []
-    copies: list[tuple[Tensor, Tensor]] = []
     gathers: list[tuple[int, Tensor, Tensor]] = []
     padded: list[int] = []
-    for i, (parameter, target) in enumerate(pairs):
-        shard, count = _shard(parameter), target.numel()
-        if shard is None or (world.size == 1 and shard.numel() == count):
-            here.append(i)
-            copies.append((target, parameter.detach() if shard is None else shard))
-        elif shard.numel() * world.size == count and shard.dtype == target.dtype:
-            gathers.append((i, target.view(-1), shard.to(world.device)))
-        else:
-            padded.append(i)
-    _copy_all(copies)
+
+    def held_here() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (parameter, target) in enumerate(pairs):
+            shard, count = _shard(parameter), target.numel()
+            if shard is None or (world.size == 1 and shard.numel() == count):
+                here.append(i)
+                yield target, parameter.detach() if shard is None else shard
+            elif shard.numel() * world.size == count and shard.dtype == target.dtype:
+                gathers.append((i, target.view(-1), shard.to(world.device)))
+            else:
+                padded.append(i)
+
+    _copy_all(held_here())
     for start in range(0, len(padded), 32):
         part = padded[start : start + 32]
         with GatheredParameters([pairs[i][0] for i in part]):
@@ -272,35 +279,35 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterat
         yield from (gathers[k][0] for k in group)
 
 
-def _copy_all(copies: list[tuple[Tensor, Tensor]]) -> None:
-    """target.copy_(source) for all, those that follow each other on both sides in one: there are hundreds of tensors, and each launch costs."""
+def _copy_all(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """target.copy_(source) for all, those that follow each other on both sides in one, because there are hundreds of tensors and each launch costs;
+    but not all in one, so that the device copies while the host still looks at the next."""
     little: tuple[list[Tensor], list[Tensor]] = ([], [])
-    start = 0
-    while start < len(copies):
-        target, source = copies[start]
-        count = target.numel()
-        end = start + 1
-        size = target.element_size()
-        alike = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
-        while alike and end < len(copies):
-            t, s = copies[end]
-            ahead = (t.data_ptr() - target.data_ptr(), s.data_ptr() - source.data_ptr())
-            if ahead != (count * size, count * size) or t.dtype != target.dtype or s.dtype != source.dtype:
-                break
-            if not (t.is_contiguous() and s.is_contiguous() and _same_storage(t, target) and _same_storage(s, source)):
-                break
-            count += t.numel()
-            end += 1
-        if alike:
+    run: tuple[Tensor, Tensor, int] | None = None  # first target, first source, elements
+
+    def launch(target: Tensor, source: Tensor, count: int) -> None:
+        if count > target.numel():
             target, source = target.as_strided((count,), (1,)), source.as_strided((count,), (1,))
-        else:
-            source = source.view(target.shape)
         if count >= ONE_BY_ONE:
-            target.copy_(source, non_blocking=True)
+            target.copy_(source.view(target.shape), non_blocking=True)
         else:
             little[0].append(target)
-            little[1].append(source)
-        start = end
+            little[1].append(source.view(target.shape))
+
+    for target, source in copies:
+        size = target.element_size()
+        if run is not None:
+            first, begin, count = run
+            follows = target.data_ptr() == first.data_ptr() + count * size and source.data_ptr() == begin.data_ptr() + count * size
+            alike = first.dtype == target.dtype == source.dtype == begin.dtype
+            whole = target.is_contiguous() and source.is_contiguous() and first.is_contiguous() and begin.is_contiguous()
+            if follows and alike and whole and count * size < ONE_COPY and _same_storage(target, first) and _same_storage(source, begin):
+                run = (first, begin, count + target.numel())
+                continue
+            launch(*run)
+        run = (target, source, target.numel())
+    if run is not None:
+        launch(*run)
     if little[0]:
         torch._foreach_copy_(*little)  # type: ignore[attr-defined]
 
@@ -324,6 +331,18 @@ def _differing(parameter: nn.Parameter, whole: Tensor, world: World, turn: int) 
 # Engines
 
 
+def fetch_by_layer(module: nn.Module) -> None:
+    """ZeRO-3 gathers a decoder layer at once, instead of every norm and projection by hooks of its own: these cost 0.2 ms of the host each, more than
+    the products of a small model take on a GPU."""
+    layers = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
+    for part in module.modules():
+        if type(part).__name__ in layers:
+            part._z3_leaf = True  # type: ignore[assignment]
+        elif isinstance(part, nn.Embedding) and not part.weight.requires_grad:
+            # A layer is given back when its input's gradient is there: with frozen embeddings the first would never be.
+            part.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+
+
 class FrozenEngine:
     """A model that only computes: partitioned under ZeRO-3, else whole on the device."""
 
@@ -333,6 +352,7 @@ class FrozenEngine:
         self.module = module
         self._forward: Callable[..., Any] = module
         if zero_stage(settings) == 3:
+            fetch_by_layer(module)
             engine, *_ = deepspeed.initialize(model=module, config=settings)
             engine.eval()
             self._forward = engine
@@ -367,6 +387,7 @@ class TrainEngine:
         self.stage = zero_stage(settings)
         self.optimizer_steps = 0
         self._hand_overs = 0
+        self._fitting: dict[str, Tensor] | None = None
         self._clip = float(settings["gradient_clipping"])
         settings = dict(settings)
         if self.stage == 0:
@@ -374,6 +395,8 @@ class TrainEngine:
         trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not trainable:
             raise ValueError(f"{name}: no trainable parameter")
+        if self.stage == 3:
+            fetch_by_layer(module)
         # DeepSpeed allocates the whole bucket, by default 500 million gradients, also for a model that has fewer.
         zero = settings["zero_optimization"] = dict(settings["zero_optimization"])
         zero.setdefault("reduce_bucket_size", min(500_000_000, sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
@@ -456,10 +479,19 @@ class TrainEngine:
             return None
         return {source.name: source.weight.detach() for source in layout}
 
+    def hand_over(self, layout: Sequence[WeightSource], rollout: HybridEngine) -> None:
+        """The rollout computes on the present weights: on these tensors themselves where it can, else on a copy with adapters merged. (collective)"""
+        whole = self.whole_weights(layout)
+        if whole is None or not rollout.borrow(whole):
+            rollout.take_over(lambda weights: self.gather_into(layout, weights))
+
     @torch.no_grad()
     def gather_into(self, layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Tensor:
         """`gather_into` of this model's weights. (collective)"""
         self._hand_overs += 1
+        if self._fitting is not weights:  # the same ones every time
+            check_fit(layout, weights)
+            self._fitting = weights
         return gather_into(layout, weights, self.world, self._hand_overs)
 
     def full_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -122,6 +122,13 @@ class Group:
     real: Tensor  # [tokens of the group] int64 into the flattened [g, w]
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it does: only a copy from pinned memory does not."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass
 class Packed:
     """Where b sequences lie in one packed row of t tokens."""
@@ -133,11 +140,8 @@ class Packed:
     groups: list[Group]  # all of them, in their order, few tokens of padding in each
 
     def to(self, device: torch.device) -> Packed:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        groups = [Group(move(g.index), move(g.real)) for g in self.groups]
-        return Packed(move(self.boundaries), move(self.positions), move(self.row), self.longest, groups)
+        groups = [Group(upload(g.index, device), upload(g.real, device)) for g in self.groups]
+        return Packed(upload(self.boundaries, device), upload(self.positions, device), upload(self.row, device), self.longest, groups)
 
 
 @dataclass
@@ -150,14 +154,14 @@ class MicroBatch:
     mask: Tensor  # [b, r] bool
     columns: dict[str, Tensor]  # [b, r] tensors by name: old_logprobs, advantages, ...
     packed: Packed | None = None  # how the rows are to be packed for the model; None = padded as they are
+    responses: tuple[Tensor, Tensor] | None = None  # packed: (row, column) of every response token, [s] int64 each, row by row
 
     def to(self, device: torch.device) -> MicroBatch:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        columns = {name: move(column) for name, column in self.columns.items()}
+        columns = {name: upload(column, device) for name, column in self.columns.items()}
         packed = self.packed.to(device) if self.packed is not None else None
-        return MicroBatch(move(self.input_ids), move(self.prompt_lengths), move(self.response_lengths), move(self.mask), columns, packed)
+        responses = None if self.responses is None else (upload(self.responses[0], device), upload(self.responses[1], device))
+        ids, mask = upload(self.input_ids, device), upload(self.mask, device)
+        return MicroBatch(ids, upload(self.prompt_lengths, device), upload(self.response_lengths, device), mask, columns, packed, responses)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
     layout = weight_layout(actor.module)
     ids = torch.randint(0, architecture.vocab_size, (1, 16), device=world.device)
-    case = f"{args.shape}-z{args.zero}x{world.size}" + ("-lora" if args.lora else "")
+    case = args.shape + ("" if (args.zero, world.size) == (3, 1) else f"-z{args.zero}x{world.size}") + ("-lora" if args.lora else "")
 
     def step() -> None:
         logits = actor(input_ids=ids, use_cache=False).logits
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
                 synchronize()
                 started = time.perf_counter()
                 if way == "enter":
-                    rollout.take_over(lambda weights: actor.gather_into(layout, weights))
+                    actor.hand_over(layout, rollout)
                     rollout.prepare(1280, args.max_batch, 1024, Sampling(1024))
                     if on_gpu:
                         torch.cuda.synchronize()
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
             line |= {"switches": args.switches, "leaked_mib": (used[-1] - used[2]) / 2**20, "gib_between": used[-1] / 2**30}
             print(json.dumps(line), flush=True)
 
-    timed("handover", lambda: rollout.take_over(lambda weights: actor.gather_into(layout, weights)))
+    timed("handover", lambda: actor.hand_over(layout, rollout))
     if args.compare:
         timed("handover_gathered_parameters", lambda: rollout.load_weights(actor.full_tensors(layout)))
     if args.switches:

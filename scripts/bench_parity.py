@@ -2,9 +2,9 @@
 
     python scripts/bench_parity.py --model models/smollm2-135m-instruct
 
-Samples from a real model at temperature 1, scores every response with the trainer's scoring forward (transformers, sdpa) in the same dtype. Two sets
-of prompts: small sums after a worked example (peaked distributions), and free text. JSON lines: mean, 99.9th percentile and largest |difference|; the
-share of samples whose tokens are the same with another batch limit and another order of prompts.
+Samples from a real model at temperature 1, scores every response with the trainer's scoring forward (transformers, packed rows) in the same dtype.
+Two sets of prompts: small sums after a worked example (peaked distributions), and free text. JSON lines: mean, 99.9th percentile and largest
+|difference|; the share of samples whose tokens are the same with another batch limit and another order of prompts. --padded: scores padded rows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf.batching import MicroBatchPlan, collate
 from rlhf.models.forward import response_logprobs
+from rlhf.models.fused import fuse
 from rlhf.models.loading import load_tokenizer
+from rlhf.models.packing import pack_attention
+from rlhf.models.scoring_head import fuse_head
 from rlhf.rollout import EngineSettings, HybridEngine
-from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
+from rlhf.types import Prompt, Rollout, Sampling
 
 SAMPLES = 4
 
@@ -42,16 +46,16 @@ def prompts_of(tokenizer: Any, kind: str, count: int) -> list[Prompt]:
     return [Prompt(tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False), c[-1]["content"], kind) for c in chats]
 
 
-def differences(model: Any, rollout: Rollout, device: torch.device) -> torch.Tensor:
+def differences(model: Any, rollout: Rollout, device: torch.device, packing: bool) -> torch.Tensor:
     """[response tokens] training logprob - rollout logprob."""
     found = []
     with torch.no_grad():
         for start in range(0, len(rollout), 16):
-            part = slice(start, start + 16)
-            mask = rollout.response_mask[part]
-            batch = MicroBatch(rollout.input_ids[part], rollout.prompt_lengths[part], rollout.response_lengths[part], mask, {}).to(device)
+            rows = MicroBatchPlan(list(range(start, min(start + 16, len(rollout)))))
+            r, mask = rollout, rollout.response_mask
+            batch = collate(r.input_ids, r.prompt_lengths, r.response_lengths, mask, rows, {"rollout": r.rollout_logprobs}, packing).to(device)
             scores, _ = response_logprobs(model, batch, 1.0)
-            found.append((scores.cpu() - rollout.rollout_logprobs[part])[mask])
+            found.append((scores - batch.columns["rollout"])[batch.mask].cpu())
     return torch.cat(found)
 
 
@@ -60,12 +64,16 @@ def main(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     tokenizer = load_tokenizer(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    fuse(model)
+    fuse_head(model)
+    if not args.padded:
+        pack_attention(model)
     for kind, window in (("sums", 24), ("text", args.window)):
         prompts = prompts_of(tokenizer, kind, args.prompts)
         sampling, draws = Sampling(window, seed=3), list(range(args.prompts))
         engine = HybridEngine.from_folder(args.model, EngineSettings(max_batch=256), device, dtype, tokenizer)
         rollout = engine.generate(prompts, draws, SAMPLES, sampling)
-        d = differences(model, rollout, device)
+        d = differences(model, rollout, device, not args.padded)
         a = d.abs()
         report(
             bench="parity", case=f"SmolLM2-135M, {kind}, {args.dtype}", tokens=len(a), mean=float(a.mean()), p999=float(a.quantile(0.999)),
@@ -88,5 +96,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--padded", action="store_true")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     main(parser.parse_args())

@@ -92,3 +92,33 @@ def decode_step_bound(shape: Shape, batch: int, context: int, chip: str) -> floa
     bandwidth, flops = CHIPS[chip]
     parameters = shape.block_parameters + shape.head_parameters
     return max((2 * parameters + batch * context * shape.kv_bytes) / bandwidth, batch * 2 * parameters / flops)
+
+
+WORKLOADS = {  # prompts, samples of each, prompt tokens, mean and most response tokens
+    "A": (256, 8, 128, 256, 512),
+    "B": (128, 8, 256, 1024, 4096),
+    "V": (256, 1, 104, 278, 512),
+    "T": (32, 8, 128, 512, 512),
+    "tiny": (8, 4, 12, 12, 24),  # to try the scripts out
+}
+
+
+def step_lengths(workload: str, times: int = 1, seed: int = 0) -> tuple[int, int, int, np.ndarray]:
+    """(prompts, samples, prompt tokens, [prompts * samples] response tokens): lognormal (sigma 0.8), cut at the most, with the mean asked for."""
+    prompts, samples, before, mean, most = WORKLOADS[workload]
+    prompts *= times
+    count = prompts * samples
+    if mean == most:
+        return prompts, samples, before, np.full(count, most)
+    z = np.random.default_rng(seed).standard_normal(count)
+    low, high = 1.0, 20.0  # of the median's logarithm
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.clip(np.exp(middle + 0.8 * z), 1, most).mean() < mean else (low, middle)
+    return prompts, samples, before, np.clip(np.exp(low + 0.8 * z), 1, most).astype(int)
+
+
+def scoring_flops(shape: Shape, lengths: np.ndarray, responses: np.ndarray) -> float:
+    """Of one forward over sequences of `lengths`, with the head on `responses` tokens of each; an update is three, with LoRA two."""
+    attention = 4 * shape.layers * shape.heads * shape.head_dim * (lengths.astype(float) ** 2 / 2).sum()
+    return float(2 * shape.block_parameters * lengths.sum() + 2 * shape.head_parameters * responses.sum() + attention)

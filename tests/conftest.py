@@ -22,8 +22,9 @@ with contextlib.suppress(ImportError):  # a GPU machine may lack what only CPU t
     import jaxtyping
     from hypothesis import settings
 
-    # The annotations of the pure layer (Float[Tensor, "b r"]) are checked in tests only.
-    jaxtyping.install_import_hook("rlhf.ops", "beartype.beartype")
+    # The annotations of the pure layer (Float[Tensor, "b r"]) are checked in tests only; modules with Triton kernels are compiled from their source.
+    pure = [f"rlhf.ops.{name}" for name in ("advantages", "kl", "logprobs", "losses", "masking")]
+    jaxtyping.install_import_hook(pure, "beartype.beartype")
     settings.register_profile("rlhf", deadline=None, derandomize=True, max_examples=60)
     settings.load_profile("rlhf")
 

@@ -108,7 +108,10 @@ def test_shipped_recipes_are_valid(recipe_file: Path) -> None:
         (("    path: train.jsonl", "    size: 3"), r"recipe.yaml:\d+: `data.train.0`: give exactly one of `path`"),
         (("  name: grpo", "  name: grpo\n  truncation: bootstrap"), r"truncation=bootstrap needs values: advantage `group` has no critic"),
         (("  name: grpo", "  name: grpo\n  critic_warmup_steps: 3"), r"critic_warmup_steps=3: advantage `group` has no critic; remove it"),
-        (("  steps: 10", "  steps: 10\n  micro_batch_tokens: 64"), r"`train`: micro_batch_tokens counts tokens of packed rows: set packing=true too"),
+        (
+            ("  steps: 10", "  steps: 10\n  packing: false\n  micro_batch_tokens: 64"),
+            r"`train`: micro_batch_tokens counts tokens of packed rows: leave out packing=false",
+        ),
         (("  group_size: 4", "  top_k: 5"), r"trap 18\): remove them; they belong in validation"),
         (("task: rl", "task: dpo"), r"recipe.yaml:1: `task`: .*'sft', 'reward_model' or 'rl' \(given: 'dpo'\)"),
         (("task: rl", "task: [rl"), r"recipe.yaml: not valid YAML"),

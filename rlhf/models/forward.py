@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.packing import announce
-from rlhf.ops.logprobs import token_logprobs
+from rlhf.models.scoring_head import logprobs_of
 from rlhf.types import MicroBatch, Packed
 
 Forward = Callable[..., Any]
@@ -40,16 +40,16 @@ def response_logprobs(forward: Forward, batch: MicroBatch, temperature: float, e
         first = int(batch.prompt_lengths.min()) - 1
         last = batch.input_ids.shape[1] - 1
         keep = torch.arange(first, last, device=batch.input_ids.device)
-        logits = forward(**inputs_of(batch.input_ids, None), logits_to_keep=keep).logits
-        logprobs, entropy = token_logprobs(logits, batch.input_ids[:, first + 1 :], temperature, entropy_gradient)
+        tokens = batch.input_ids[:, first + 1 :]
+        logprobs, entropy = logprobs_of(forward, inputs_of(batch.input_ids, None), keep, tokens, temperature, entropy_gradient)
         index = _window(batch, first + 1)
         return logprobs.gather(1, index), entropy.gather(1, index)
-    row, column = _responses(batch)
+    assert batch.responses is not None
+    row, column = batch.responses
     place = packed.boundaries[row].long() + batch.prompt_lengths[row] + column  # of each response token in the packed row
     inputs = inputs_of(batch.input_ids, packed)
-    logits = forward(**inputs, logits_to_keep=place - 1).logits[0]
-    found = token_logprobs(logits, inputs["input_ids"][0, place], temperature, entropy_gradient)
-    logprobs, entropy = (torch.zeros(batch.mask.shape, device=t.device).index_put((row, column), t) for t in found)
+    found = logprobs_of(forward, inputs, place - 1, inputs["input_ids"][:, place], temperature, entropy_gradient)
+    logprobs, entropy = (torch.zeros(batch.mask.shape, device=t.device).index_put((row, column), t[0]) for t in found)
     return logprobs, entropy
 
 
@@ -74,14 +74,6 @@ def last_token_scores(forward: Forward, input_ids: Tensor, lengths: Tensor, pack
     if packed is None:
         return scores.gather(1, (lengths - 1)[:, None]).squeeze(1)
     return scores[0][packed.boundaries[1:].long() - 1]
-
-
-def _responses(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """(row, column) of every response token, row by row."""
-    assert batch.packed is not None
-    offset = batch.packed.positions - batch.prompt_lengths[batch.packed.row]
-    inside = (offset >= 0).nonzero().squeeze(1)
-    return batch.packed.row[inside], offset[inside]
 
 
 def _window(batch: MicroBatch, origin: int) -> Tensor:

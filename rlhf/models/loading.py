@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from rlhf.config import ModelConfig, role_dtype
 from rlhf.distributed import World
+from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
 from rlhf.models.packing import pack_attention
 
@@ -104,6 +105,7 @@ def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: W
     """The actor or the reference, placed and verified. packing: for packed forwards, which `check_packing` allows. (collective where partitioned)"""
     module = empty_causal_lm(config, key, placement, dtype)
     _fill(module, config, placement, world, optional=())
+    fuse(module)
     if packing:
         pack_attention(module)
     return module
@@ -124,6 +126,7 @@ def load_scalar_model(
     found = _fill(module, config, placement, world, optional=("score.weight",) if head == "zero" else ())
     if head == "zero" or "score.weight" not in found:
         placement.write(module.score.weight, torch.zeros(1, module.score.in_features, dtype=dtype))
+    fuse(module)
     if packing:
         pack_attention(module)
     return module

@@ -34,7 +34,7 @@ if torch.cuda.is_available():
 class _Latest:
     """The packing of the latest forward; its backward pass follows before another forward begins."""
 
-    packed: Packed
+    packed: Packed | None = None
 
 
 _latest = _Latest()
@@ -60,6 +60,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, HQ, t, D], key and value [1, HK, t, D] -> [1, t, HQ, D]. Causal, every sequence alone."""
     packed = _latest.packed if packed is None else packed  # some families keep keywords to themselves
+    if packed is None:
+        raise ValueError("a model for packed rows was called without a packing")
     if query.shape[0] != 1 or query.shape[2] != len(packed.positions):
         raise ValueError(f"a model for packed rows was called with {tuple(query.shape[::2])} tokens; the packing has {len(packed.positions)}")
     if attention_mask is not None:

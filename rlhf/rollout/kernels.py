@@ -6,7 +6,6 @@ are those of the training forward but for the order of some sums. The module imp
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,64 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.ops.fused import UNFUSED, _early, _rms, _rotate, tl, triton
+from rlhf.ops.fused import add_norm as add_norm
+from rlhf.ops.fused import silu_mul as silu_mul
 from rlhf.rollout.sampler import SAMPLE_BLOCK
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU build of torch comes without it
-
-    class _Absent:
-        """Lets the definitions below be read without Triton."""
-
-        def __getattr__(self, name: str) -> Any:
-            return self
-
-        def __call__(self, function: Any = None, **_: Any) -> Any:
-            return function if function is not None else (lambda f: f)
-
-    triton = tl = _Absent()  # type: ignore[assignment]
-
-
-UNFUSED = {"enable_fp_fusion": False}  # for kernels that rotate: a product contracted with a sum would skip the rounding in between
-
-
-@functools.cache
-def _early() -> dict[str, Any]:
-    """Launch options of a kernel that may be set up while the one before it still runs (programmatic dependent launch, compute capability 9): the gap
-    between two kernels of a graph shrinks. Such a kernel waits (`gdc_wait`) before it touches memory."""
-    pays = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}
-
-
 # ---------------------------------------------------------------------------------------------------------------- decoder
-
-
-@triton.jit(do_not_specialize=["n"])
-def _add_norm(X, DELTA, WEIGHT, OUT, n, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr):
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < H
-    x = tl.load(X + row * H + column, mask=inside, other=0.0)
-    if ADD:
-        x = (x.to(tl.float32) + tl.load(DELTA + row * H + column, mask=inside, other=0.0).to(tl.float32)).to(X.dtype.element_ty)
-        tl.store(X + row * H + column, x, mask=inside)
-    x = x.to(tl.float32)
-    scaled = (x * tl.rsqrt(tl.sum(x * x, 0) / H + eps)).to(OUT.dtype.element_ty)
-    weight = tl.load(WEIGHT + column, mask=inside, other=0.0)
-    tl.store(OUT + row * H + column, (scaled.to(tl.float32) * weight.to(tl.float32)).to(OUT.dtype.element_ty), mask=inside)
-
-
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, rows: int = 0) -> Tensor:
-    """x [n, H] += the first n rows of delta, in place; returns RMSNorm(x) * weight, [max(n, rows), H] with undefined rows after the n-th."""
-    n, hidden = x.shape
-    out = torch.empty(max(n, rows), hidden, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(hidden)
-    warps = 4 if block <= 2048 else 8
-    _add_norm[(n,)](x, x if delta is None else delta, weight, out, n, eps, hidden, block, delta is not None, num_warps=warps, **_early())
-    return out
 
 
 @triton.jit(do_not_specialize=["stride", "width"])
@@ -159,28 +106,6 @@ def write_cache(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, positions: Te
     )
 
 
-@triton.jit(do_not_specialize=["n"])
-def _silu_mul(GU, OUT, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    gate = tl.load(GU + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(GU + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    dtype = OUT.dtype.element_ty
-    act = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(OUT + row * WIDTH + column, (act * up).to(dtype), mask=inside)
-
-
-def silu_mul(gate_up: Tensor, n: int, rows: int = 0) -> Tensor:
-    """[>= n, 2 I] -> silu(first half) * second half of the first n rows, [max(n, rows), I] with undefined rows after the n-th."""
-    width = gate_up.shape[1] // 2
-    out = torch.empty(max(n, rows), width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, out, n, width, 1024, num_warps=4, **_early())
-    return out
-
-
 # -------------------------------------------------------------------------------------------------------------- attention
 
 SPLIT_TOKENS = 256  # least context that is worth a program of its own
@@ -213,26 +138,6 @@ def attention_workspace(batches: list[int], heads: int, kv_heads: int, dim: int,
         torch.empty(rows, 2, device=device),
         torch.zeros(max(batches) * kv_heads, dtype=torch.int32, device=device),
     )
-
-
-@triton.jit
-def _rms(low, high, WEIGHT, i, inside, dim, eps, dtype):
-    """RMSNorm of heads given as two halves [rows, D / 2]."""
-    a, b = low.to(tl.float32), high.to(tl.float32)
-    rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / dim + eps)[:, None]
-    wa, wb = tl.load(WEIGHT + i, mask=inside, other=0.0), tl.load(WEIGHT + dim // 2 + i, mask=inside, other=0.0)
-    low = ((a * rstd).to(dtype).to(tl.float32) * wa.to(tl.float32)[None, :]).to(dtype)
-    high = ((b * rstd).to(dtype).to(tl.float32) * wb.to(tl.float32)[None, :]).to(dtype)
-    return low, high
-
-
-@triton.jit
-def _rotate(low, high, cos, sin, dtype):
-    """Products rounded one by one, as the training model's elementwise operations do."""
-    a, b = low.to(tl.float32), high.to(tl.float32)
-    first = ((a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)).to(dtype)
-    second = ((b * cos).to(dtype).to(tl.float32) + (a * sin).to(dtype).to(tl.float32)).to(dtype)
-    return first, second
 
 
 @triton.jit(do_not_specialize=["q_stride", "width", "window", "splits"])

@@ -34,6 +34,7 @@ from rlhf.models.loading import (
     without_dropout,
 )
 from rlhf.models.lora import adapters_off, weight_layout
+from rlhf.models.scoring_head import fuse_head
 from rlhf.ops.kl import KLController, kl_loss
 from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
@@ -41,7 +42,7 @@ from rlhf.rewards import FunctionReward, RewardModel, Rewards
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.trainers.run import Best, Run, check_same_data, device_peak_flops, peak_memory_mb, start_run
 from rlhf.trainers.validation import Validator, share_out, write_training_samples
-from rlhf.types import Experience, LossOutput, MicroBatch, Prompt, Rollout, Sampling
+from rlhf.types import Experience, LossOutput, MicroBatch, Prompt, Rollout, Sampling, Scores
 
 
 @dataclass
@@ -94,9 +95,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     release = config.rollout.release or hybrid_engine_words(config)["release"]
 
     def hand_over() -> None:  # (collective)
-        whole = models.actor.whole_weights(layout)
-        if whole is None or not models.hybrid_engine.borrow(whole):
-            models.hybrid_engine.take_over(lambda weights: models.actor.gather_into(layout, weights))
+        models.actor.hand_over(layout, models.hybrid_engine)
 
     if start < steps:
         hand_over()  # (collective)
@@ -124,42 +123,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
                 early.finish()
             scores = models.rewards.score(rollout, early)  # (collective)
 
-        lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-        epochs = [plan_epoch(config, step, epoch, lengths, world) for epoch in range(algorithm.epochs)]
-        first_epoch = [micro_batch for minibatch in epochs[0] for micro_batch in minibatch.plan]
-        experience = make_experience(
-            rollout, scores, passes(models, config, timer, needs_old_logprobs(config, step)), first_epoch, algorithm, kl_controller.coef, world
-        )  # (collective)
-
-        update = UpdateMetrics(world)
-        seen: list[tuple[MicroBatchPlan, Tensor]] = []  # logprobs of the update's own forwards
-        for minibatch in (m for epoch in epochs for m in epoch):
-            counts = denominators(experience, minibatch.rows, config)
-            if counts["tokens"] == 0:  # the same on every rank: nothing to learn here, and no stale gradient either (trap 22)
-                update.skipped += 1
-                continue
-            if step > algorithm.critic_warmup_steps:
-                with timer.phase("update_actor"):
-                    for part in minibatch.plan:
-                        batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
-                        loss = policy_loss(models.actor, batch, config, kl_controller.coef)
-                        models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])  # (collective)
-                        update.add(loss, counts["tokens"])
-                        if experience.old_logprobs is None and loss.logprobs is not None:
-                            seen.append((part, loss.logprobs))
-                    update.stepped("actor", models.actor.step())  # (collective)
-            if models.critic is not None:
-                with timer.phase("update_critic"):
-                    for part in minibatch.plan:
-                        batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
-                        loss = critic_loss(models.critic, batch, algorithm)
-                        models.critic.backward(loss.loss_sum, counts["tokens"])  # (collective)
-                        update.add(loss, counts["tokens"])
-                    update.stepped("critic", models.critic.step())  # (collective)
-        if experience.old_logprobs is None:
-            experience.old_logprobs = gather_results(seen, len(rollout), experience.mask.shape[1], world)  # (collective)
-        metrics = describe_experience(experience, kl_controller.coef)
-        metrics |= update.metrics()  # (collective)
+        experience, update = learn(models, config, timer, rollout, scores, step, kl_controller.coef, world)  # (collective)
+        metrics = describe_experience(experience, kl_controller.coef) | update.metrics()  # (collective)
         if experience.ref_logprobs is not None and bool(experience.mask.any()):
             kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
 
@@ -241,6 +206,7 @@ def _reference(run: Run, actor: TrainEngine) -> Callable[..., Any]:
     settings = run.settings(role)
     dtype = model_dtype(role, run.world.device)
     module = load_causal_lm(role, "reference", loading_context(settings, run.world), run.world, dtype, config.train.packing)
+    fuse_head(module)
     return FrozenEngine(module, settings, run.world)
 
 
@@ -376,6 +342,47 @@ def _mean(values: Tensor) -> float:
 
 # --------------------------------------------------------------------------------------------------------------------------
 # Update
+
+
+def learn(
+    models: Models, config: Config, timer: PhaseTimer, rollout: Rollout, scores: Scores, step: int, kl_coef: float, world: World
+) -> tuple[Experience, UpdateMetrics]:
+    """What follows a rollout and its scores: the scoring forwards, advantages, and every optimizer step of actor and critic. (collective)"""
+    algorithm = config.algorithm
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+    epochs = [plan_epoch(config, step, epoch, lengths, world) for epoch in range(algorithm.epochs)]
+    first_epoch = [micro_batch for minibatch in epochs[0] for micro_batch in minibatch.plan]
+    scorers = passes(models, config, timer, needs_old_logprobs(config, step))
+    experience = make_experience(rollout, scores, scorers, first_epoch, algorithm, kl_coef, world)  # (collective)
+
+    update = UpdateMetrics(world)
+    seen: list[tuple[MicroBatchPlan, Tensor]] = []  # logprobs of the update's own forwards
+    for minibatch in (m for epoch in epochs for m in epoch):
+        counts = denominators(experience, minibatch.rows, config)
+        if counts["tokens"] == 0:  # the same on every rank: nothing to learn here, and no stale gradient either (trap 22)
+            update.skipped += 1
+            continue
+        if step > algorithm.critic_warmup_steps:
+            with timer.phase("update_actor"):
+                for part in minibatch.plan:
+                    batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
+                    loss = policy_loss(models.actor, batch, config, kl_coef)
+                    models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])  # (collective)
+                    update.add(loss, counts["tokens"])
+                    if experience.old_logprobs is None and loss.logprobs is not None:
+                        seen.append((part, loss.logprobs))
+                update.stepped("actor", models.actor.step())  # (collective)
+        if models.critic is not None:
+            with timer.phase("update_critic"):
+                for part in minibatch.plan:
+                    batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
+                    loss = critic_loss(models.critic, batch, algorithm)
+                    models.critic.backward(loss.loss_sum, counts["tokens"])  # (collective)
+                    update.add(loss, counts["tokens"])
+                update.stepped("critic", models.critic.step())  # (collective)
+    if experience.old_logprobs is None:
+        experience.old_logprobs = gather_results(seen, len(rollout), experience.mask.shape[1], world)  # (collective)
+    return experience, update
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.export import adapter_parameters, export_adapter, export_model
 from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
 from rlhf.models.lora import add_adapters, weight_layout
+from rlhf.models.scoring_head import fuse_head
 
 
 @dataclass
@@ -89,8 +90,10 @@ class Run:
             module = load_scalar_model(role, key, placement, self.world, dtype, scalar_head, self.config.train.packing)
             if key == "critic" and scalar_head == "keep" and role.path is not None:
                 module.centre(*score_statistics(role.path))
+        plain = module
         if role.lora:
             module = add_adapters(module, role.lora, self.config.seed)
+        fuse_head(plain)  # after the adapters: one on the head needs its logits
         if role.gradient_checkpointing:
             enable: Any = module
             enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -18,7 +18,7 @@ from rlhf.engine import TrainEngine
 from rlhf.metrics import model_shape, update_flops
 from rlhf.models.forward import inputs_of
 from rlhf.models.loading import load_tokenizer
-from rlhf.ops.logprobs import token_logprobs
+from rlhf.models.scoring_head import logprobs_of
 from rlhf.ops.masking import masked_sum
 from rlhf.trainers.run import Best, check_same_data, device_peak_flops, peak_memory_mb, start_run
 from rlhf.types import Sequence
@@ -110,10 +110,9 @@ def nll_sum(forward: Callable[..., Any], part: list[Sequence], pad: int, device:
         packed = pack(lengths.tolist()).to(device)
         inputs = inputs_of(ids, packed)
         trained = (mask[packed.row, packed.positions] & (packed.positions > 0)).nonzero().squeeze(1)
-        logits = forward(**inputs, logits_to_keep=trained - 1).logits[0]
-        return -token_logprobs(logits, inputs["input_ids"][0, trained])[0].sum()
-    logits = forward(**inputs_of(ids, None)).logits[:, :-1]
-    return -masked_sum(token_logprobs(logits, ids[:, 1:])[0], mask[:, 1:])
+        return -logprobs_of(forward, inputs, trained - 1, inputs["input_ids"][:, trained], 1.0)[0].sum()
+    keep = torch.arange(ids.shape[1] - 1, device=device)
+    return -masked_sum(logprobs_of(forward, inputs_of(ids, None), keep, ids[:, 1:], 1.0)[0], mask[:, 1:])
 
 
 def held_out_loss(actor: TrainEngine, held_out: list[Sequence], config: Config, pad: int, world: World) -> dict[str, float]:

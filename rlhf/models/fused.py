@@ -1,0 +1,77 @@
+"""Puts the fused kernels of `rlhf.ops.fused` into transformers' llama, qwen2, qwen3 and mistral: norms, gated MLPs, rotary embedding."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.ops.fused import rms_norm, rotate, rotates, silu_mul_pair
+
+FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}  # those of the rollout's lean decoder
+
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+_replaced: set[Rotary] = set()  # functions that stand in for a family's `apply_rotary_pos_emb`
+
+
+def fuse(model: nn.Module) -> int:
+    """Number of modules whose forward was replaced: 0 for other architectures, and when everything has been replaced before.
+
+    It may be a causal LM, its body, or what wraps them. Off the GPU and in float32 the new forwards are the old operations. The rotary embedding is
+    a function of the family's module: replaced once, for all its models in this process."""
+    count = 0
+    for body in list(model.modules()):
+        if not isinstance(body, PreTrainedModel) or body.config.model_type not in FAMILIES or body.config.hidden_act != "silu":
+            continue
+        if not type(body).__module__.startswith("transformers.models."):  # code of a model folder may compute anything under these names
+            continue
+        for module in body.modules():
+            _fuse_rotary(module)
+            forward = _forward_of(module)
+            if forward is not None and "forward" not in vars(module):
+                module.forward = functools.partial(forward, module)  # a partial follows its module through copies and pickles
+                count += 1
+    return count
+
+
+def _forward_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    def has(*names: str) -> bool:
+        return all(hasattr(module, name) for name in names)
+
+    if type(module).__name__.endswith("RMSNorm") and has("weight", "variance_epsilon"):
+        return _norm
+    if has("gate_proj", "up_proj", "down_proj", "act_fn") and type(module.act_fn).__name__.startswith("SiLU"):
+        return _gated_mlp
+    return None
+
+
+def _norm(module: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+def _gated_mlp(module: Any, x: Tensor) -> Tensor:
+    """The projections are called as modules: they may be adapters, and DeepSpeed gathers weights in their hooks."""
+    down: Tensor = module.down_proj(silu_mul_pair(module.gate_proj(x), module.up_proj(x)))
+    return down
+
+
+def _fuse_rotary(attention: nn.Module) -> None:
+    if not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")):
+        return
+    family = sys.modules[type(attention).__module__]
+    original: Rotary | None = getattr(family, "apply_rotary_pos_emb", None)
+    if original is None or original in _replaced:
+        return
+
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if not args and options.get("unsqueeze_dim", 1) == 1 and options.keys() <= {"unsqueeze_dim"} and rotates(q, k, cos, sin):
+            return rotate(q, k, cos, sin)
+        return original(q, k, cos, sin, *args, **options)
+
+    _replaced.add(apply_rotary_pos_emb)
+    family.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]

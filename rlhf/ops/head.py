@@ -1,0 +1,153 @@
+"""The head's last step without its logits: logprob and entropy of given tokens, forward and backward, a chunk of tokens at a time.
+
+For n tokens and V words there is never an [n, V] tensor: only [CHUNK, V] in the weights' dtype, made once in the forward pass and once more in the
+backward pass (as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, with the library's products).
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf.ops.fused import tl, triton
+
+CHUNK_BYTES = 1 << 30  # of logits that exist at once
+
+
+def score_tokens(
+    hidden: Float[Tensor, "n h"],
+    weight: Float[Tensor, "v h"],
+    tokens: Int[Tensor, " n"],
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """(logprob of each token, entropy of its distribution), float32, under softmax(hidden @ weight.T / temperature).
+
+    The same as `token_logprobs` of those logits. The entropy carries gradients only if asked."""
+    chunk = max(1, chunk_bytes // (weight.shape[0] * hidden.element_size()))
+    logprobs, entropy = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, tokens, temperature, entropy_gradient, chunk
+    )
+    return logprobs, entropy if entropy_gradient else entropy.detach()
+
+
+class _ScoreTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        n = len(hidden)
+        log_z, mean, chosen = (torch.empty(n, device=hidden.device) for _ in range(3))
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            _statistics(F.linear(hidden[part], weight), tokens[part], temperature, log_z[part], mean[part], chosen[part])
+        ctx.save_for_backward(hidden, weight, tokens, log_z, mean)
+        ctx.temperature, ctx.entropy_gradient, ctx.chunk = temperature, entropy_gradient, chunk
+        return chosen - log_z, log_z - mean
+
+    @staticmethod
+    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens, log_z, mean = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        n, chunk = len(hidden), ctx.chunk
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight: Tensor | None = None
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(hidden[part], weight)
+            _gradient(
+                logits, tokens[part], ctx.temperature, log_z[part], mean[part], d_logprobs[part], d_entropy[part] if ctx.entropy_gradient else None
+            )
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[part])
+            if wants_weight:
+                d_weight = _accumulate(d_weight, logits.t(), hidden[part], n > chunk)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, wide: bool) -> Tensor:
+    """total + left @ right, in place; `wide`: kept in float32, because several will be added."""
+    if not wide or left.dtype == torch.float32 or not left.is_cuda:
+        product = left @ right
+        if total is None:
+            return product.float() if wide else product
+        return total.add_(product)
+    if total is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def _statistics(logits: Tensor, tokens: Tensor, temperature: float, log_z: Tensor, mean: Tensor, chosen: Tensor) -> None:
+    """Of logits [c, V] / temperature: log of the sum of exponentials, mean under the softmax, the token's own; written to [c] float32 each."""
+    if logits.is_cuda:
+        _statistics_kernel[(len(logits),)](logits, tokens, log_z, mean, chosen, logits.shape[1], temperature, 4096, num_warps=8)
+        return
+    scaled = logits.float() / temperature
+    log_z.copy_(torch.logsumexp(scaled, -1))
+    mean.copy_((torch.exp(scaled - log_z[:, None]) * scaled).sum(-1))
+    chosen.copy_(scaled.gather(-1, tokens[:, None]).squeeze(-1))
+
+
+def _gradient(logits: Tensor, tokens: Tensor, temperature: float, log_z: Tensor, mean: Tensor, d_logprob: Tensor, d_entropy: Tensor | None) -> None:
+    """logits [c, V] become their own gradient, in place. With p = softmax: d logprob = 1[token] - p, d entropy = -p (logit - mean)."""
+    if logits.is_cuda:
+        width = logits.shape[1]
+        _gradient_kernel[(len(logits), triton.cdiv(width, 4096))](
+            logits, tokens, log_z, mean, d_logprob, d_logprob if d_entropy is None else d_entropy, width, temperature, 4096, d_entropy is not None,
+            num_warps=8,
+        )  # fmt: skip
+        return
+    scaled = logits.float() / temperature
+    p = torch.exp(scaled - log_z[:, None])
+    gradient = -p * d_logprob[:, None]
+    if d_entropy is not None:
+        gradient -= p * (scaled - mean[:, None]) * d_entropy[:, None]
+    gradient.scatter_add_(1, tokens[:, None], d_logprob[:, None].to(gradient.dtype))
+    logits.copy_(gradient / temperature)
+
+
+@triton.jit
+@no_type_check
+def _statistics_kernel(LOGITS, TOKEN, LOG_Z, MEAN, CHOSEN, width, temperature, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], -1e30, tl.float32)  # a running maximum per lane: one reduction at the end
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + column < width
+        x = tl.load(LOGITS + row * width + start + column, mask=inside, other=0.0).to(tl.float32) / temperature
+        larger = tl.maximum(top, tl.where(inside, x, -1e30))
+        shrink = tl.exp(top - larger)
+        e = tl.where(inside, tl.exp(x - larger), 0.0)
+        total = total * shrink + e
+        weighted = weighted * shrink + e * x
+        top = larger
+    peak = tl.max(top, 0)
+    shrink = tl.exp(top - peak)
+    z = tl.sum(total * shrink, 0)
+    tl.store(LOG_Z + row, peak + tl.log(z))
+    tl.store(MEAN + row, tl.sum(weighted * shrink, 0) / z)
+    tl.store(CHOSEN + row, tl.load(LOGITS + row * width + tl.load(TOKEN + row)).to(tl.float32) / temperature)
+
+
+@triton.jit
+@no_type_check
+def _gradient_kernel(
+    LOGITS, TOKEN, LOG_Z, MEAN, D_LOGPROB, D_ENTROPY, width, temperature, BLOCK: tl.constexpr, ENTROPY: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(LOGITS + row * width + column, mask=inside, other=0.0).to(tl.float32) / temperature
+    p = tl.exp(x - tl.load(LOG_Z + row))
+    d = tl.load(D_LOGPROB + row)
+    gradient = tl.where(column == tl.load(TOKEN + row), d, 0.0) - p * d
+    if ENTROPY:
+        gradient -= p * (x - tl.load(MEAN + row)) * tl.load(D_ENTROPY + row)
+    tl.store(LOGITS + row * width + column, (gradient / temperature).to(LOGITS.dtype.element_ty), mask=inside)

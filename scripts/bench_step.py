@@ -1,0 +1,278 @@
+"""Times whole training steps with random weights in bf16: rollout, scoring, update, hand-over, through the functions of the program.
+
+    deepspeed --num_gpus 1 scripts/bench_step.py --shape 0.5B --algorithm grpo --workload A
+    deepspeed --num_gpus 1 scripts/bench_step.py --shape 0.5B --algorithm ppo --workload V
+    deepspeed --num_gpus 1 scripts/bench_step.py --shape 7B --workload A --lora 64 --only update
+
+Responses are forced to the workload's lengths (scripts/workloads.py), one optimizer step per rollout. JSON lines from rank 0: for each phase the
+median seconds, tokens/s and MFU (model operations / seconds / 989e12; recomputation never counts, LoRA counts two passes), for the whole step the
+share of the bound, peak memory by cudaMemGetInfo and, with --profile, the share of the step's time that the device was busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from rlhf.config import Config, ModelConfig, TrainedModelConfig, parse_config, role_settings
+from rlhf.distributed import World, init_world
+from rlhf.engine import FrozenEngine, TrainEngine, loading_context
+from rlhf.experience import gather_rollout
+from rlhf.metrics import PhaseTimer
+from rlhf.models.fused import fuse
+from rlhf.models.heads import ScalarModel
+from rlhf.models.lora import adapters_off, add_adapters, weight_layout
+from rlhf.models.packing import pack_attention
+from rlhf.models.scoring_head import fuse_head
+from rlhf.rollout import EngineSettings, HybridEngine
+from rlhf.trainers.rl import Models, learn
+from rlhf.types import Prompt, Rollout, Sampling, Scores
+from scripts.workloads import CHIPS, SHAPES, WORKLOADS, rollout_bound, scoring_flops, step_lengths
+
+PEAK = 989e12  # dense bf16 FLOP/s of the H100's and the H200's datasheet
+
+
+def recipe(args: argparse.Namespace) -> Config:
+    trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": args.checkpointing}
+    tree: dict[str, Any] = {
+        "task": "rl",
+        "run_dir": "unused",
+        "deepspeed": f"ds_configs/zero{args.zero}.json",
+        "actor": trained | ({"lora": {"r": args.lora, "target_modules": "all-linear"}} if args.lora else {}),
+        "critic": trained,
+        "reward": {"components": [{"function": "exact_match"}]},
+        "data": {"train": [{"path": "none.jsonl"}]},
+        "rollout": {"prompts": WORKLOADS[args.workload][0], "group_size": WORKLOADS[args.workload][1]},
+        "algorithm": {"name": args.algorithm, "kl": {"coef": 0.0 if args.no_reference else 0.001, "place": "loss", "estimator": "k3_corrected"}},
+        "train": {"steps": 100, "micro_batch_tokens": args.tokens, "packing": True},
+    }
+    if args.algorithm == "ppo":
+        tree["algorithm"] |= {"epochs": 1, "minibatches": 1}
+    return parse_config(tree)
+
+
+def build(args: argparse.Namespace, config: Config, world: World) -> Models:
+    shape = SHAPES[args.shape]
+    on_gpu = world.device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    architecture = shape.config()
+
+    def model(role: ModelConfig, scalar: bool = False) -> tuple[torch.nn.Module, dict[str, Any]]:
+        settings = role_settings(config, role, world_size=world.size, on_gpu=on_gpu)
+
+        def make() -> torch.nn.Module:
+            if scalar:
+                return ScalarModel(AutoModel.from_config(architecture, dtype=dtype, attn_implementation="sdpa"), shape.hidden)
+            made: torch.nn.Module = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+            return made
+
+        module = loading_context(settings, world).construct(make)
+        generator = torch.Generator(world.device).manual_seed(world.rank)
+        for name, parameter in module.named_parameters():
+            local = getattr(parameter, "ds_tensor", parameter.data)
+            local.fill_(1.0) if "norm" in name else local.normal_(0.0, 0.02, generator=generator)
+        fuse(module)
+        pack_attention(module)
+        return module, settings
+
+    def trained(role: TrainedModelConfig, name: str) -> TrainEngine:
+        module, settings = model(role, scalar=name == "critic")
+        plain = module
+        if role.lora:
+            module = add_adapters(module, role.lora, 0)
+        fuse_head(plain)
+        if role.gradient_checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        return TrainEngine(module, role, settings, world, 100, 0, name)
+
+    actor = trained(config.actor, "actor")
+    critic = trained(config.critic, "critic") if config.algorithm.needs_critic else None
+    reference: Any = None
+    if config.uses_reference and args.lora:
+
+        def reference(**inputs: Any) -> Any:
+            with adapters_off(actor.module):
+                return actor.score(**inputs)
+
+    elif config.uses_reference:
+        module, settings = model(config.reference.model_copy(update={"path": config.actor.path}))
+        fuse_head(module)
+        reference = FrozenEngine(module, settings, world)
+    sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
+    rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
+    rewards: Any = None  # drawn at random instead
+    return Models(actor, critic, reference, rewards, rollout)
+
+
+def main(args: argparse.Namespace) -> None:
+    world = init_world()
+    on_gpu = world.device.type == "cuda"
+    shape, config = SHAPES[args.shape], recipe(args)
+    models = build(args, config, world)
+    layout = weight_layout(models.actor.module)
+    prompts_, samples, before, lengths = step_lengths(args.workload, args.times)
+    random = np.random.default_rng(1)
+    prompts = [Prompt(random.integers(10, shape.vocabulary - 1, before).tolist(), "", "bench") for _ in range(prompts_)]
+    sampling = Sampling(int(lengths.max()))
+    mine = list(range(world.rank, prompts_, world.size))
+    forced = [int(n) for i in mine for n in lengths[i * samples : (i + 1) * samples]]
+    timer = PhaseTimer(torch.cuda.synchronize if on_gpu else None)
+    records: list[dict[str, float]] = []
+    peak = 0.0
+
+    def note_memory() -> None:
+        nonlocal peak
+        if on_gpu:
+            free, total = torch.cuda.mem_get_info()
+            peak = max(peak, (total - free) / 1e9)
+
+    def drawn() -> Rollout:
+        """Rows as a rollout gives them, without one."""
+        local = np.full((len(forced), before + int(lengths.max())), 0)
+        for row, n in enumerate(forced):
+            local[row, :before] = prompts[mine[row // samples]].input_ids
+            local[row, before : before + n] = random.integers(10, shape.vocabulary - 1, n)
+        ids, n = torch.from_numpy(local), torch.tensor(forced)
+        draw = torch.tensor(mine).repeat_interleave(samples)
+        logprobs = torch.zeros(len(forced), int(lengths.max()))
+        of_rows = [prompts[int(d)] for d in draw]
+        return Rollout(
+            of_rows, draw, torch.arange(samples).repeat(len(mine)), ids, torch.full_like(n, before), n, torch.ones_like(n).bool(), logprobs
+        )
+
+    def step(number: int) -> None:
+        timer.start_step()
+        started = time.perf_counter()
+        with timer.phase("gen"):
+            if args.only:
+                local = drawn()
+            else:
+                local = models.hybrid_engine.generate([prompts[i] for i in mine], mine, samples, sampling, forced=forced)
+                world.wait_for_all("rollout")
+                note_memory()
+                models.hybrid_engine.release()
+            rollout = gather_rollout(local, dict(enumerate(prompts)), world)
+        scored = time.perf_counter()
+        generator = torch.Generator().manual_seed(number)
+        scores = Scores(torch.randn(len(rollout), generator=generator), torch.ones(len(rollout), dtype=torch.bool), {}, {})
+        learn(models, config, timer, rollout, scores, number, config.algorithm.kl.coef, world)
+        note_memory()
+        with timer.phase("hand_over"):
+            if not args.only:
+                models.actor.hand_over(layout, models.hybrid_engine)
+        now = time.perf_counter()
+        record = {name.removeprefix("timing_s/"): value for name, value in timer.metrics().items() if name.startswith("timing_s/")}
+        records.append(record | {"step": now - started, "after_gen": now - scored})
+
+    if not args.only:
+        models.actor.hand_over(layout, models.hybrid_engine)
+    for number in range(1, args.warmup + args.steps + 1):
+        step(number)
+        if world.is_main:
+            print(json.dumps({"warm-up" if number <= args.warmup else "step": number, **{k: round(v, 3) for k, v in records[-1].items() if k != "step"}, "whole": round(records[-1]["step"], 3), "peak_gb": round(peak, 1)}), flush=True)
+    busy = None
+    if args.profile and on_gpu:
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU])
+    else:
+        profiler = nullcontext()  # type: ignore[assignment]
+    if args.profile:
+        with profiler as found:
+            step(args.warmup + args.steps + 1)
+        profiled = records.pop()
+        if on_gpu:
+            busy = report_profile(found, profiled, args.profile, world)
+    kept = records[args.warmup :]
+    seconds = {name: statistics.median(r.get(name, 0.0) for r in kept) for name in kept[0]}
+    if world.is_main:
+        report(args, world, seconds, lengths, before, prompts, peak, busy)
+    world.close()
+
+
+def report_profile(found: Any, record: dict[str, float], rows: int, world: World) -> float | None:
+    """Prints the kernels that take longest, and returns the share of the step's seconds in which the device ran one."""
+    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("Optimizer")]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+    busy, end = 0.0, 0.0
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    if world.is_main:
+        totals: dict[str, list[float]] = {}
+        for e in kernels:
+            entry = totals.setdefault(e.name, [0.0, 0])
+            entry[0] += e.time_range.end - e.time_range.start
+            entry[1] += 1
+        for name, (micros, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:rows]:
+            print(f"{micros / 1e3:10.1f} ms {count:7d}  {name[:130]}", flush=True)
+    return busy / 1e6 / record["step"]
+
+
+def report(
+    args: argparse.Namespace,
+    world: World,
+    seconds: dict[str, float],
+    lengths: np.ndarray,
+    before: int,
+    prompts: list[Prompt],
+    peak: float,
+    busy: float | None,
+) -> None:
+    shape, ranks = SHAPES[args.shape], world.size
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    chip = "H200" if "H200" in name else "H100"
+    tokens, flops = int((lengths + before).sum()), scoring_flops(shape, lengths + before, lengths)
+    factor = 2 if args.lora else 3
+    case = f"{args.workload}-{args.shape}" + (f"-lora{args.lora}" if args.lora else "") + (f"-z{args.zero}x{ranks}" if ranks > 1 else "")
+    common = {"case": case, "machine": f"{ranks}x {name}", "algorithm": args.algorithm, "steps": args.steps, "tokens_per_forward": args.tokens}
+    lines: list[dict[str, Any]] = []
+    if seconds.get("update_actor"):
+        spent = seconds["update_actor"]
+        mfu = factor * flops / spent / ranks / PEAK
+        lines.append({"bench": "update", "metric": "mfu", "value": mfu, "seconds": spent, "tok_s_gpu": tokens / spent / ranks})
+    if seconds.get("ref"):
+        lines.append({"bench": "scoring", "metric": "mfu", "value": flops / seconds["ref"] / ranks / PEAK, "seconds": seconds["ref"]})
+    lines.append({"bench": "memory", "metric": "peak_gb", "value": peak})
+    if not args.only:
+        passes = factor + (0 if args.no_reference else 1)
+        bound = (rollout_bound(shape, [p.input_ids for p in prompts], lengths.tolist(), chip) + passes * flops / CHIPS[chip][1]) / ranks
+        share = bound / seconds["step"]
+        lines.append({"bench": "step", "metric": "share_of_bound", "value": share, "bound": bound})
+        lines.append({"bench": "step", "metric": "seconds", "value": seconds["step"]})
+        lines.append({"bench": "step", "metric": "tok_s_gpu", "value": tokens / seconds["step"] / ranks})
+    for line in lines:
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in (line | common).items()}), flush=True)
+    phases = {k: round(v, 4) for k, v in seconds.items()}
+    print(json.dumps({"bench": "phases", "case": case, **phases, **({"busy_share": round(busy, 4)} if busy is not None else {})}), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="0.5B")
+    parser.add_argument("--algorithm", choices=("grpo", "ppo"), default="grpo")
+    parser.add_argument("--workload", choices=WORKLOADS, default="A")
+    parser.add_argument("--times", type=int, default=1, help="so many times the workload's prompts")
+    parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=3)
+    parser.add_argument("--lora", type=int, default=0, help="rank of the adapters, on all linear layers")
+    parser.add_argument("--no_reference", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
+    parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")
+    parser.add_argument("--cache_tokens", type=int, default=0)
+    parser.add_argument("--only", choices=("update",), help="no rollout: random tokens of the workload's lengths")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="one more step under the profiler; its longest kernels")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by launchers")
+    main(parser.parse_args())
