@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,20 +192,21 @@ def full_tensors(layout: Sequence[WeightSource], group_bytes: int = 256 << 20) -
             group, size = [], 0
 
 
-def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], world: World, turn: int) -> Tensor:
+def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], world: World, turn: int, copies: Copies) -> Tensor:
     """Write the plain model's tensors, adapters merged, to their places in `weights`, shards all-gathered straight into them. (collective)
 
     Adapters are merged into what has arrived while the rest is on its way. Returns how many elements that this rank can judge came out wrong, as a
     tensor that nobody has waited for; CHECKED tensors are looked at, others each `turn` (trap 21). `weights` as `check_fit` wants them.
     """
+    copies.start()
     pairs = [(s.weight, weights[s.name]) for s in layout]
     small = [p for s in layout if s.lora_a is not None for p in s.parameters[1:]]
     adapters = {id(p): torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small}
-    for _ in _bring([(p, adapters[id(p)]) for p in small], world):
+    for _ in _bring([(p, adapters[id(p)]) for p in small], world, Copies()):
         pass
     checked = {(turn * CHECKED + i) % len(layout) for i in range(CHECKED)}
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)
-    for i in _bring(pairs, world):
+    for i in _bring(pairs, world, copies):
         source = layout[i]
         if i not in checked and source.lora_a is None:
             continue
@@ -235,7 +236,6 @@ def check_fit(layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Non
 CHECKED = 4  # tensors compared after each hand-over, and rows of each after merging
 CHECKED_ELEMENTS = 8 << 20  # at most, of one tensor: others each time
 ONE_BY_ONE = 1 << 20  # elements from which a copy of its own is faster than one kernel for many
-ONE_COPY = 128 << 20  # bytes from which a copy is launched, whatever follows
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
@@ -248,25 +248,23 @@ def _shard(parameter: nn.Parameter) -> Tensor | None:
     return parameter.ds_tensor if partitioned else None  # type: ignore[attr-defined]
 
 
-def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterator[int]:
+def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World, copies: Copies) -> Iterator[int]:
     """Every parameter, whole, into the contiguous tensor beside it; yields the index of each once what follows on the stream may use it, while the
     rest is on its way. The host does not wait. (collective; to be run to its end)"""
     here: list[int] = []
+    held: list[tuple[Tensor, Tensor]] = []
     gathers: list[tuple[int, Tensor, Tensor]] = []
     padded: list[int] = []
-
-    def held_here() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, (parameter, target) in enumerate(pairs):
-            shard, count = _shard(parameter), target.numel()
-            if shard is None or (world.size == 1 and shard.numel() == count):
-                here.append(i)
-                yield target, parameter.detach() if shard is None else shard
-            elif shard.numel() * world.size == count and shard.dtype == target.dtype:
-                gathers.append((i, target.view(-1), shard.to(world.device)))
-            else:
-                padded.append(i)
-
-    _copy_all(held_here())
+    for i, (parameter, target) in enumerate(pairs):
+        shard, count = _shard(parameter), target.numel()
+        if shard is None or (world.size == 1 and shard.numel() == count):
+            here.append(i)
+            held.append((target, parameter.data if shard is None else shard))
+        elif shard.numel() * world.size == count and shard.dtype == target.dtype:
+            gathers.append((i, target.view(-1), shard.to(world.device)))
+        else:
+            padded.append(i)
+    copies.finish(held)
     for start in range(0, len(padded), 32):
         part = padded[start : start + 32]
         with GatheredParameters([pairs[i][0] for i in part]):
@@ -279,37 +277,62 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World) -> Iterat
         yield from (gathers[k][0] for k in group)
 
 
-def _copy_all(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """target.copy_(source) for all, those that follow each other on both sides in one, because there are hundreds of tensors and each launch costs;
-    but not all in one, so that the device copies while the host still looks at the next."""
-    little: tuple[list[Tensor], list[Tensor]] = ([], [])
+class Copies:
+    """target.copy_(source) for many tensors, the same every time: those that follow each other on both sides in one, because there are hundreds and each
+    launch costs, and begun before the host looks at them one by one."""
+
+    def __init__(self) -> None:
+        self._addresses: list[tuple[int, int]] = []
+        self._large: list[tuple[Tensor, Tensor]] = []
+        self._little: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._begun = False
+
+    def start(self) -> None:
+        """Launch the copies of the last time, before anybody has looked whether they are still the right ones."""
+        for target, source in self._large:
+            target.copy_(source, non_blocking=True)
+        if self._little[0]:
+            torch._foreach_copy_(*self._little)  # type: ignore[attr-defined]
+        self._begun = True
+
+    def finish(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """These (target, source) are what is to be copied; launched anew if they lie elsewhere than the last time."""
+        addresses = [(target.data_ptr(), source.data_ptr()) for target, source in pairs]
+        if not self._begun or addresses != self._addresses:
+            self._addresses, self._large, self._little = addresses, [], ([], [])
+            for target, source in _joined(pairs):
+                if target.numel() >= ONE_BY_ONE:
+                    self._large.append((target, source))
+                else:
+                    self._little[0].append(target)
+                    self._little[1].append(source)
+            self.start()
+        self._begun = False
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same copies with neighbours put together."""
     run: tuple[Tensor, Tensor, int] | None = None  # first target, first source, elements
 
-    def launch(target: Tensor, source: Tensor, count: int) -> None:
+    def whole(target: Tensor, source: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if count > target.numel():
-            target, source = target.as_strided((count,), (1,)), source.as_strided((count,), (1,))
-        if count >= ONE_BY_ONE:
-            target.copy_(source.view(target.shape), non_blocking=True)
-        else:
-            little[0].append(target)
-            little[1].append(source.view(target.shape))
+            return target.as_strided((count,), (1,)), source.as_strided((count,), (1,))
+        return target, source.view(target.shape)
 
-    for target, source in copies:
-        size = target.element_size()
+    for target, source in pairs:
         if run is not None:
             first, begin, count = run
+            size = target.element_size()
             follows = target.data_ptr() == first.data_ptr() + count * size and source.data_ptr() == begin.data_ptr() + count * size
             alike = first.dtype == target.dtype == source.dtype == begin.dtype
-            whole = target.is_contiguous() and source.is_contiguous() and first.is_contiguous() and begin.is_contiguous()
-            if follows and alike and whole and count * size < ONE_COPY and _same_storage(target, first) and _same_storage(source, begin):
+            solid = all(t.is_contiguous() for t in (target, source, first, begin))
+            if follows and alike and solid and _same_storage(target, first) and _same_storage(source, begin):
                 run = (first, begin, count + target.numel())
                 continue
-            launch(*run)
+            yield whole(*run)
         run = (target, source, target.numel())
     if run is not None:
-        launch(*run)
-    if little[0]:
-        torch._foreach_copy_(*little)  # type: ignore[attr-defined]
+        yield whole(*run)
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
@@ -388,6 +411,7 @@ class TrainEngine:
         self.optimizer_steps = 0
         self._hand_overs = 0
         self._fitting: dict[str, Tensor] | None = None
+        self._copies = Copies()
         self._clip = float(settings["gradient_clipping"])
         settings = dict(settings)
         if self.stage == 0:
@@ -491,8 +515,8 @@ class TrainEngine:
         self._hand_overs += 1
         if self._fitting is not weights:  # the same ones every time
             check_fit(layout, weights)
-            self._fitting = weights
-        return gather_into(layout, weights, self.world, self._hand_overs)
+            self._fitting, self._copies = weights, Copies()
+        return gather_into(layout, weights, self.world, self._hand_overs, self._copies)
 
     def full_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Whole copies on the host of some (small) parameters. (collective)"""

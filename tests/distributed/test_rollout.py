@@ -104,20 +104,31 @@ def test_copies_of_neighbours_become_one(gap: int) -> None:
     generator = torch.Generator().manual_seed(gap)
     sizes = [5, 2 << 20, 7, 1, 1 << 20, 9]
     source, target = (torch.randn(sum(sizes) + 40, generator=generator) for _ in range(2))
-    expected, copies, at = target.clone(), [], 1
+    before, expected, copies, at = target.clone(), target.clone(), [], 1
     for i, size in enumerate(sizes):
         there = at + gap * (i % 2)
         copies.append((target[there : there + size].view(1, size), source[at : at + size]))
         expected[there : there + size] = source[at : at + size]
         at = there + size
     other = torch.zeros(4, dtype=torch.bfloat16)
-    engine_module._copy_all([*copies, (other.view(2, 2), torch.ones(4))])
-    assert torch.equal(target, expected) and torch.equal(other, torch.ones(4, dtype=torch.bfloat16))
+    pairs, again = [*copies, (other.view(2, 2), torch.ones(4))], engine_module.Copies()
+    for _ in range(2):  # the second time they are begun before they are known
+        target[:] = before
+        other.zero_()
+        again.start()
+        again.finish(pairs)
+        assert torch.equal(target, expected) and torch.equal(other, torch.ones(4, dtype=torch.bfloat16))
+    moved = [(t, s.clone()) for t, s in pairs]
+    for _, s in moved:
+        s.add_(1)
+    again.start()
+    again.finish(moved)  # other addresses
+    assert all(torch.equal(t.flatten().float(), s) for t, s in moved)
 
 
 def turns(world: World, models: Path) -> list[int]:
     engine, seen = causal_engine(world, models / "llama", 3, learning_rate=0.5), []
-    engine_module.gather_into = lambda layout, weights, world, turn: seen.append(turn)  # type: ignore[assignment]
+    engine_module.gather_into = lambda layout, weights, world, turn, copies: seen.append(turn)  # type: ignore[assignment]
     for _ in range(3):
         train(engine, world, 4)
         engine.gather_into([], {})
