@@ -181,7 +181,17 @@ def main(args: argparse.Namespace) -> None:
     for number in range(1, args.warmup + args.steps + 1):
         step(number)
         if world.is_main:
-            print(json.dumps({"warm-up" if number <= args.warmup else "step": number, **{k: round(v, 3) for k, v in records[-1].items() if k != "step"}, "whole": round(records[-1]["step"], 3), "peak_gb": round(peak, 1)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "warm-up" if number <= args.warmup else "step": number,
+                        **{k: round(v, 3) for k, v in records[-1].items() if k != "step"},
+                        "whole": round(records[-1]["step"], 3),
+                        "peak_gb": round(peak, 1),
+                    }
+                ),
+                flush=True,
+            )
     busy = None
     if args.profile and on_gpu:
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU])

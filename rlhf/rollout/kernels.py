@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,7 @@ def write_cache(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, positions: Te
 
 # -------------------------------------------------------------------------------------------------------------- attention
 
+_LOG2E = 1.4426950408889634  # scores are scaled by it, too, so that powers of two will do; rounded to float32 once, as torch's flash attention does
 SPLIT_TOKENS = 256  # least context that is worth a program of its own
 ATTENTION_WARPS, ATTENTION_STAGES = 4, 2
 
@@ -142,7 +144,7 @@ def attention_workspace(batches: list[int], heads: int, kv_heads: int, dim: int,
 
 @triton.jit(do_not_specialize=["q_stride", "width", "window", "splits"])
 def _paged_attention(
-    Q, q_stride, KEYS, VALUES, TABLE, width, POSITION, OUT, PARTIAL, STATISTICS, ARRIVED, COS, SIN, QNORM, KNORM, scale, window, splits, eps,
+    Q, q_stride, KEYS, VALUES, TABLE, width, POSITION, OUT, PARTIAL, STATISTICS, ARRIVED, COS, SIN, QNORM, KNORM, factor, window, splits, eps,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
     EARLY: tl.constexpr,
@@ -190,7 +192,6 @@ def _paged_attention(
         acc = tl.zeros([GP, DP], tl.float32)
         start_at = begin + split * span
         end_at = tl.minimum(start_at + span, context)
-        factor = scale * 1.4426950408889634
         blocks = tl.cdiv(end_at - start_at, BN)
         # From the end to the beginning, as flash attention does in the training forward: probabilities are rounded against the same running maximum.
         for step in range(blocks):
@@ -213,17 +214,17 @@ def _paged_attention(
             x = tl.dot(high, tl.trans(k_high), tl.dot(low, tl.trans(k_low), input_precision="ieee"), input_precision="ieee")
             x = tl.where(seen[None, :], x, -1e30)
             larger = tl.maximum(top, tl.max(x, 1))
-            p = tl.exp2(tl.fma(x, factor, -(larger * factor)[:, None]))
+            p = tl.exp2(x * factor - (larger * factor)[:, None])  # two roundings, as torch's flash attention has them
             shrink = tl.exp2((top - larger) * factor)
             total = total * shrink + tl.sum(p, 1)
             v = tl.load(VALUES + where[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             top = larger
         heads = head * G + g
         out = OUT + row * HQ * D + heads[:, None] * D + d[None, :]
         shown = (g < G)[:, None] & (d < D)[None, :]
         if parts == 1:
-            tl.store(out, (acc * (1.0 / total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
+            tl.store(out, (acc * tl.math.div_rn(1.0, total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
         else:
             piece = (row * splits + split) * HQ + heads
             tl.store(PARTIAL + piece[:, None] * D + d[None, :], acc, mask=shown)
@@ -246,7 +247,7 @@ def _paged_attention(
                     acc = acc * mine[:, None] + its * theirs[:, None]
                     total = total * mine + its_total * theirs
                     top = larger
-                tl.store(out, (acc * (1.0 / total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
+                tl.store(out, (acc * tl.math.div_rn(1.0, total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
                 tl.store(ARRIVED + row * HK + head, 0)
 
 
@@ -278,7 +279,7 @@ def paged_attention(
         q, q.stride(0), pool[0], pool[1], table, table.stride(0), positions, out,
         workspace.partial, workspace.statistics, workspace.arrived, r.cos, r.sin,
         q if r.q_norm is None else r.q_norm, q if r.k_norm is None else r.k_norm,
-        scale, window or 0, splits, r.eps,
+        _LOG2E * float(np.float32(scale)), window or 0, splits, r.eps,
         heads, kv_heads, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(dim // 2)), group, max(16, triton.next_power_of_2(group)),
         page, attention_block(dim), SPLIT_TOKENS, window is not None, rotation is not None, r.q_norm is not None,
         num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES, **UNFUSED, **_early(),
