@@ -278,8 +278,8 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World, copies: C
 
 
 class Copies:
-    """target.copy_(source) for many tensors, the same every time: those that follow each other on both sides in one, because there are hundreds and each
-    launch costs, and begun before the host looks at them one by one."""
+    """target.copy_(source) for many tensors, the same every time: those that follow each other on both sides in one, because there are hundreds and
+    each launch costs, and begun before the host looks at them one by one."""
 
     def __init__(self) -> None:
         self._addresses: list[tuple[int, int]] = []

@@ -24,12 +24,12 @@ def score_tokens(
     tokens: Int[Tensor, " n"],
     temperature: float = 1.0,
     entropy_gradient: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """(logprob of each token, entropy of its distribution), float32, under softmax(hidden @ weight.T / temperature).
 
     The same as `token_logprobs` of those logits. The entropy carries gradients only if asked."""
-    chunk = max(1, chunk_bytes // (weight.shape[0] * hidden.element_size()))
+    chunk = max(1, (chunk_bytes or CHUNK_BYTES) // (weight.shape[0] * hidden.element_size()))
     logprobs, entropy = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
         hidden, weight, tokens, temperature, entropy_gradient, chunk
     )

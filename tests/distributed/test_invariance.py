@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import rlhf.ops.head as head_module
+import rlhf.trainers.rl as rl_module
+import rlhf.trainers.run as run_module
 from rlhf.distributed import World
 from rlhf.experience import gather_results
 from rlhf.trainers.rl import describe_experience
 from rlhf.types import Rollout, Scores
 from tests.distributed.steps import experience_of, open_models, update, weights
-from tests.helpers import make_rollout, make_scores, relative, rl_config, run_ranks
+from tests.helpers import VOCABULARY, make_rollout, make_scores, relative, rl_config, run_ranks
 
 TEMPERATURE = 0.7
 FORWARDS: dict[str, dict[str, Any]] = {
@@ -29,6 +32,7 @@ FORWARDS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True},
     "tokens": {"packing": True, "micro_batch_tokens": 40},
 }
+HEADS = ("logits", "one chunk", "chunks")  # how the head scores: from its logits, or without them, all tokens at once or five at a time
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo": {"name": "ppo", "truncation": "bootstrap", "entropy_coef": 0.01, "kl": {"coef": 0.3}},
     "grpo": {"name": "grpo", "loss_mean": "sequences", "kl": {"coef": 0.1, "place": "loss", "estimator": "k2"}},
@@ -46,10 +50,22 @@ def data() -> tuple[Rollout, Scores]:
 
 
 def step_on_ranks(
-    world: World, models: Path, algorithm: str, stage: int, micro_batch: int, minibatches: int, forwards: str = "padded"
+    world: World,
+    models: Path,
+    algorithm: str,
+    stage: int,
+    micro_batch: int,
+    minibatches: int,
+    forwards: str = "padded",
+    head: str = "one chunk",
+    checkpointing: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
+    if head == "logits":
+        run_module.fuse_head = rl_module.fuse_head = lambda model: False  # type: ignore[assignment]
+    elif head == "chunks":
+        head_module.CHUNK_BYTES = 5 * VOCABULARY * 4
     # Several steps at rate 1 would blow rounding up: each starts where the one before has landed.
-    rate = {"learning_rate": 1.0 if minibatches == 1 else 0.1}
+    rate = {"learning_rate": 1.0 if minibatches == 1 else 0.1, "gradient_checkpointing": checkpointing}
     config = rl_config(
         models,
         stage,
@@ -78,34 +94,47 @@ def whole(models: Path, algorithm: str, minibatches: int) -> dict[str, dict[str,
     return _whole[key]
 
 
-def assert_same(models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str) -> None:
+def assert_same(
+    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: bool
+) -> None:
     expected = whole(models, algorithm, minibatches)
-    for result in run_ranks(step_on_ranks, ranks, models, algorithm, stage, micro_batch, minibatches, forwards):
+    for result in run_ranks(step_on_ranks, ranks, models, algorithm, stage, micro_batch, minibatches, forwards, head, checkpointing):
         for name, delta in expected.items():
             assert relative(result[name], delta) < 1e-5, name
 
 
-# algorithm, ranks, ZeRO stage, rows per forward, minibatches, what a forward is: nearly every pair of values of two columns meets.
+# algorithm, ranks, ZeRO stage, rows per forward, minibatches, what a forward is, head, checkpointing: nearly every pair of values meets.
 PAIRWISE = [
-    ("ppo", 2, 3, 3, 1, "packed"),
-    ("ppo", 2, 2, 8, 3, "tokens"),
-    ("ppo", 1, 3, 1, 3, "padded"),
-    ("ppo", 2, 0, 1, 1, "tokens"),
-    ("ppo", 1, 1, 8, 1, "packed"),
-    ("grpo", 2, 3, 8, 3, "tokens"),
-    ("grpo", 2, 1, 3, 3, "padded"),
-    ("grpo", 1, 2, 1, 1, "packed"),
-    ("dr_grpo", 2, 1, 1, 1, "tokens"),
-    ("dr_grpo", 2, 3, 3, 3, "packed"),
+    ("ppo", 2, 3, 3, 1, "packed", "chunks", False),
+    ("ppo", 2, 2, 8, 3, "tokens", "logits", True),
+    ("ppo", 1, 3, 1, 3, "padded", "one chunk", True),
+    ("ppo", 2, 0, 1, 1, "tokens", "chunks", False),
+    ("ppo", 1, 1, 8, 1, "packed", "logits", True),
+    ("grpo", 2, 3, 8, 3, "tokens", "one chunk", True),
+    ("grpo", 2, 1, 3, 3, "padded", "chunks", False),
+    ("grpo", 1, 2, 1, 1, "packed", "one chunk", False),
+    ("dr_grpo", 2, 1, 1, 1, "tokens", "one chunk", True),
+    ("dr_grpo", 2, 3, 3, 3, "packed", "chunks", True),
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches", "forwards"), PAIRWISE)
+@pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches", "forwards", "head", "checkpointing"), PAIRWISE)
 def test_gradient_is_the_same_pairwise(
-    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str
+    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: bool
 ) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
-    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards)
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, head, checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("forwards", "head", "checkpointing"), list(itertools.product(FORWARDS, HEADS, (False, True))))
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gradient_is_the_same_however_a_forward_is_computed(
+    models: Path, algorithm: str, ranks: int, stage: int, forwards: str, head: str, checkpointing: bool
+) -> None:  # fmt: skip
+    """trap 5, trap 6, trap 25"""
+    assert_same(models, algorithm, ranks, stage, 3, 1, forwards, head, checkpointing)
 
 
 @pytest.mark.slow
@@ -116,7 +145,7 @@ def test_gradient_is_the_same_full_grid(
     models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str
 ) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
-    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards)
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, "one chunk", False)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
