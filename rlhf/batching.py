@@ -55,6 +55,13 @@ def plan_micro_batches(
     return chunks[rank::world_size]
 
 
+def merged(plan: Sequence[MicroBatchPlan], together: int) -> list[MicroBatchPlan]:
+    """The same rows in fewer forwards, `together` of them in one; a filler is only kept where it would be alone."""
+    parts = [plan[i : i + together] for i in range(0, len(plan), together)]
+    real = [[p for p in part if not p.weightless] for part in parts]
+    return [MicroBatchPlan([row for p in kept for row in p.rows]) if kept else part[0] for kept, part in zip(real, parts, strict=True)]
+
+
 def _balanced(order: Sequence[int], lengths: Sequence[int], tokens: int, world_size: int) -> list[list[int]]:
     """Parts of at most `tokens` tokens (or one longer row), the fullest first: parts of the same turn are then about as long on every rank.
 

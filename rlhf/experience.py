@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.batching import MicroBatchPlan, collate
+from rlhf.batching import MicroBatchPlan, collate, merged
 from rlhf.config import AlgorithmConfig
 from rlhf.distributed import World
 from rlhf.ops.advantages import ADVANTAGES, AdvantageInput
@@ -31,6 +31,7 @@ class ExperiencePasses:
     ref_logprobs: Scorer | None
     values: Scorer | None
     packing: bool = False  # what they are given: packed rows, or padded ones
+    together: int = 1  # forwards of the update that are one forward of the reference or critic here: without gradients there is room for it
 
 
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:
@@ -96,11 +97,11 @@ def make_experience(
     mask = training_mask(rollout, scores.valid, algorithm)
     window = mask.shape[1]
 
-    def over_all_rows(scorer: Scorer | None, width: int) -> Tensor | None:  # (collective)
-        return shared_pass(scorer, rollout, mask, plan, width, world, passes.packing) if scorer else None
+    def over_all_rows(scorer: Scorer | None, width: int, together: int = 1) -> Tensor | None:  # (collective)
+        return shared_pass(scorer, rollout, mask, merged(plan, together), width, world, passes.packing) if scorer else None
 
-    old, ref = over_all_rows(passes.old_logprobs, window), over_all_rows(passes.ref_logprobs, window)
-    values = over_all_rows(passes.values, window + 1)
+    old, ref = over_all_rows(passes.old_logprobs, window), over_all_rows(passes.ref_logprobs, window, passes.together)
+    values = over_all_rows(passes.values, window + 1, passes.together)
     rewards = token_rewards(rollout, scores, mask, algorithm.truncation)
     if ref is not None and algorithm.kl.place == "reward":
         assert old is not None

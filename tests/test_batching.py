@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.batching import MicroBatchPlan, collate, pack, pad_rows, plan_micro_batches, split_minibatches
+from rlhf.batching import MicroBatchPlan, collate, merged, pack, pad_rows, plan_micro_batches, split_minibatches
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=50)
 
@@ -61,6 +61,18 @@ def test_neighbours_in_length_meet(lengths: list[int], micro_batch: int) -> None
 def test_plan_depends_on_the_set_of_rows_only(lengths: list[int], micro_batch: int, ranks: int) -> None:
     rows = list(range(len(lengths)))
     assert plan_micro_batches(rows, lengths, micro_batch, ranks, 0) == plan_micro_batches(rows[::-1], lengths, micro_batch, ranks, 0)
+
+
+@given(sizes, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+def test_trap_23_merged_forwards_have_every_row_once_and_equal_counts(lengths: list[int], micro_batch: int, ranks: int, together: int) -> None:
+    """trap 23"""
+    plans = [plan_micro_batches(range(len(lengths)), lengths, micro_batch, ranks, rank) for rank in range(ranks)]
+    wide = [merged(plan, together) for plan in plans]
+    assert len({len(plan) for plan in wide}) == 1
+    for plan, other in zip(plans, wide, strict=True):
+        assert len(other) == -(-len(plan) // together)
+        assert [r for p in plan if not p.weightless for r in p.rows] == [r for p in other if not p.weightless for r in p.rows]
+        assert all(len(p.rows) <= together * micro_batch for p in other)
 
 
 def test_trap_22_an_empty_batch_is_refused() -> None:

@@ -297,6 +297,8 @@ def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool
         ref_logprobs=timed("ref", lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
         values=timed("values", lambda batch: response_values(critic.score, batch)) if critic else None,
         packing=config.train.packing,
+        # Logits of other families exist as a whole, and with checkpointing the update's forwards may be as large as will fit.
+        together=4 if config.train.packing and models.hybrid_engine.lean and not config.actor.gradient_checkpointing else 1,
     )
 
 
