@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,31 @@ from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import adapters_off, add_adapters, weight_layout
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head
+from rlhf.rewards.compose import EarlyScorer
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.trainers.rl import Models, learn
 from rlhf.types import Prompt, Rollout, Sampling, Scores
 from scripts.workloads import CHIPS, SHAPES, WORKLOADS, rollout_bound, scoring_flops, step_lengths
 
 PEAK = 989e12  # dense bf16 FLOP/s of the H100's and the H200's datasheet
+
+
+class Waiting:
+    """A reward that takes `seconds` for each sample, as a server does."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def score(self, prompts: list[str], completions: list[str], ids: list[list[int]], columns: dict[str, Any]) -> tuple[list[Any], Counter[str]]:
+        time.sleep(self.seconds * len(ids))
+        return [0.0] * len(ids), Counter()
+
+
+class NoText:
+    """In place of a tokenizer: random ids have no text."""
+
+    def batch_decode(self, ids: list[list[int]], **_: Any) -> list[str]:
+        return [""] * len(ids)
 
 
 def recipe(args: argparse.Namespace) -> Config:
@@ -128,6 +148,8 @@ def main(args: argparse.Namespace) -> None:
     sampling = Sampling(int(lengths.max()))
     mine = list(range(world.rank, prompts_, world.size))
     forced = [int(n) for i in mine for n in lengths[i * samples : (i + 1) * samples]]
+    tokenizer: Any = NoText()
+    waiting: Any = Waiting(args.reward_ms / 1000)
     timer = PhaseTimer(torch.cuda.synchronize if on_gpu else None)
     records: list[dict[str, float]] = []
     peak = 0.0
@@ -153,17 +175,29 @@ def main(args: argparse.Namespace) -> None:
         )
 
     def step(number: int) -> None:
+        early: EarlyScorer | None = None
         timer.start_step()
         started = time.perf_counter()
         with timer.phase("gen"):
             if args.only:
                 local = drawn()
             else:
-                local = models.hybrid_engine.generate([prompts[i] for i in mine], mine, samples, sampling, forced=forced)
+                early = EarlyScorer({"reward": waiting}, tokenizer, args.workers) if args.reward_ms else None
+
+                def ended(row: int, ids: list[int], early: EarlyScorer | None = early) -> None:
+                    if early is not None:
+                        early.submit(prompts[mine[row // samples]], mine[row // samples], row % samples, ids)
+
+                local = models.hybrid_engine.generate(
+                    [prompts[i] for i in mine], mine, samples, sampling, forced=forced, on_finished=ended if early else None
+                )
                 world.wait_for_all("rollout")
                 note_memory()
                 models.hybrid_engine.release()
             rollout = gather_rollout(local, dict(enumerate(prompts)), world)
+        with timer.phase("reward"):
+            if early is not None:
+                early.finish()
         scored = time.perf_counter()
         generator = torch.Generator().manual_seed(number)
         scores = Scores(torch.randn(len(rollout), generator=generator), torch.ones(len(rollout), dtype=torch.bool), {}, {})
@@ -254,6 +288,9 @@ def report(
     if seconds.get("ref"):
         lines.append({"bench": "scoring", "metric": "mfu", "value": flops / seconds["ref"] / ranks / PEAK, "seconds": seconds["ref"]})
     lines.append({"bench": "memory", "metric": "peak_gb", "value": peak})
+    if args.reward_ms:
+        whole = len(lengths) / ranks * args.reward_ms / 1000 / args.workers  # seconds, if the workers never had to wait
+        lines.append({"bench": "tail", "metric": "share", "value": seconds["reward"] / whole, "reward_ms": args.reward_ms, "workers": args.workers})
     if not args.only:
         passes = factor + (0 if args.no_reference else 1)
         bound = (rollout_bound(shape, [p.input_ids for p in prompts], lengths.tolist(), chip) + passes * flops / CHIPS[chip][1]) / ranks
@@ -272,7 +309,9 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES, default="0.5B")
     parser.add_argument("--algorithm", choices=("grpo", "ppo"), default="grpo")
     parser.add_argument("--workload", choices=WORKLOADS, default="A")
-    parser.add_argument("--times", type=int, default=1, help="so many times the workload's prompts")
+    parser.add_argument("--times", type=float, default=1, help="so many times the workload's prompts")
+    parser.add_argument("--reward_ms", type=float, default=0, help="a reward that waits so long for each sample, while decoding")
+    parser.add_argument("--workers", type=int, default=8, help="of that reward")
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters, on all linear layers")
     parser.add_argument("--no_reference", action="store_true")

@@ -103,10 +103,10 @@ WORKLOADS = {  # prompts, samples of each, prompt tokens, mean and most response
 }
 
 
-def step_lengths(workload: str, times: int = 1, seed: int = 0) -> tuple[int, int, int, np.ndarray]:
+def step_lengths(workload: str, times: float = 1, seed: int = 0) -> tuple[int, int, int, np.ndarray]:
     """(prompts, samples, prompt tokens, [prompts * samples] response tokens): lognormal (sigma 0.8), cut at the most, with the mean asked for."""
     prompts, samples, before, mean, most = WORKLOADS[workload]
-    prompts *= times
+    prompts = max(1, int(prompts * times))
     count = prompts * samples
     if mean == most:
         return prompts, samples, before, np.full(count, most)

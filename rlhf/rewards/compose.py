@@ -47,42 +47,58 @@ class _Job:
 
 
 class EarlyScorer:
-    """Function rewards of responses that have ended, in a thread, while the others are still decoded. One for each rollout."""
+    """Function rewards of responses that have ended, in `workers` threads, while the others are still decoded. One for each rollout."""
 
-    def __init__(self, functions: dict[str, FunctionReward], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, functions: dict[str, FunctionReward], tokenizer: PreTrainedTokenizerBase, workers: int = 1) -> None:
         self.functions, self.tokenizer = functions, tokenizer
         self.scores: dict[str, dict[tuple[int, int], float]] = {name: {} for name in functions}  # NaN where a sample is lost
         self.failures: dict[str, Counter[str]] = {name: Counter() for name in functions}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, name=f"scorer-{i}", daemon=True) for i in range(workers)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, prompt: Prompt, draw: int, sample: int, ids: list[int]) -> None:
         self._jobs.put(_Job(prompt, (draw, sample), ids))
 
     def finish(self) -> None:
-        """Wait for what is still being scored; raises what the thread died of."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Wait for what is still being scored; raises what a thread died of."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
         try:
-            done = False
-            while not done:
-                jobs = [self._jobs.get()]
-                while not self._jobs.empty():  # whatever else has ended meanwhile goes into the same call
-                    jobs.append(self._jobs.get())
-                done = jobs[-1] is None
-                batch = [job for job in jobs if job is not None]
+            while (batch := self._take()) is not None:
                 for name, function in self.functions.items():
                     values, failures = _call(function, [j.prompt for j in batch], [j.ids for j in batch], self.tokenizer)
-                    self.scores[name].update(zip((j.key for j in batch), values, strict=True))
-                    self.failures[name] += failures
+                    with self._lock:
+                        self.scores[name].update(zip((j.key for j in batch), values, strict=True))
+                        self.failures[name] += failures
         except BaseException as error:  # handed to the caller of `finish`
             self._error = error
+
+    def _take(self) -> list[_Job] | None:
+        """The next job, with this worker's share of whatever else has ended meanwhile, for the same call. None: there will be no more."""
+        first = self._jobs.get()
+        if first is None:
+            return None
+        jobs = [first]
+        for _ in range(self._jobs.qsize() // len(self._threads)):
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:  # another worker's sign to end
+                self._jobs.put(None)
+                break
+            jobs.append(job)
+        return jobs
 
 
 def _call(
@@ -106,7 +122,7 @@ class Rewards:
     def early(self) -> EarlyScorer:
         """Takes responses of one rollout as they end; give it to `score` afterwards."""
         pairs = zip(self.config.components, self.scorers, strict=True)
-        return EarlyScorer({c.label: scorer for c, scorer in pairs if isinstance(scorer, FunctionReward)}, self.tokenizer)
+        return EarlyScorer({c.label: scorer for c, scorer in pairs if isinstance(scorer, FunctionReward)}, self.tokenizer, self.config.workers)
 
     def score(self, rollout: Rollout, early: EarlyScorer | None = None) -> Scores:
         """Weighted sum of clipped components, clipped, less the penalty for responses that never ended.
