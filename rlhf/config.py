@@ -123,8 +123,19 @@ class CriticConfig(TrainedModelConfig):
         "actor", description="where the body comes from: the actor's folder, the first reward model, or `path`"
     )
     head: Literal["zero", "keep"] = Field("zero", description="zero: values start at 0 (trap 15); keep: the head that the folder holds")
+    share_base: bool = Field(
+        False, description="under actor.lora: the body is the actor's frozen base, held once; adapters (`lora`, default: the actor's) and head are its own"
+    )
     learning_rate: float = Field(1e-5, ge=0, description="peak learning rate")
     dropout: float = Field(0.0, ge=0, le=0, description="only 0 (trap 2)")
+
+
+class RewardModelConfig(ModelConfig):
+    """A frozen reward model, as the task reward_model writes it."""
+
+    share_base: bool = Field(
+        False, description="under actor.lora: the body is the actor's frozen base, held once; `path` is the folder adapter/ of a run with reward_model.lora"
+    )
 
 
 class SourceConfig(Section):
@@ -209,7 +220,7 @@ class RewardComponentConfig(Section):
     """One reward: a function (`function`: registered name or `package.module:name`) or a reward model (`model`)."""
 
     function: str | None = Field(None, description="registered name, or import path `package.module:function`")
-    model: ModelConfig | None = Field(None, description="reward model folder, as the task reward_model writes it")
+    model: RewardModelConfig | None = Field(None, description="reward model folder, as the task reward_model writes it")
     name: str | None = Field(None, description="name in metrics")
     weight: float = Field(1.0, description="factor in the sum; 0 = measured only")
     clip: float | None = Field(None, gt=0, description="clamp of this component to [-clip, clip], before the weight")
@@ -232,7 +243,16 @@ class RewardConfig(Section):
     while_decoding: bool = Field(
         True, description="functions score responses as they end, in calls of any size; false: one call on each rank, when all have ended"
     )
+    workers: int = Field(
+        1, ge=1, description="threads on each rank that score while decoding; several suit functions that wait (a server, a sandbox), not Python at work"
+    )
     missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a response that never ends")
+
+    @model_validator(mode="after")
+    def _workers_score_early(self) -> RewardConfig:
+        if self.workers > 1 and not self.while_decoding:
+            raise ValueError(f"workers={self.workers} score while decoding: leave out while_decoding=false, or workers")
+        return self
 
 
 class KLConfig(Section):
@@ -364,6 +384,9 @@ class TrackingConfig(Section):
     timeout: float = Field(60.0, gt=0, description="seconds that the tracker may take at start and at the end before it is left behind")
 
 
+_NO_BASE = "the actor trains all its weights, so it has no frozen base to share; give actor.lora, or set share_base=false"
+
+
 class Config(Section):
     """A whole run."""
 
@@ -387,6 +410,15 @@ class Config(Section):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _critic_adapters(cls, data: Any) -> Any:
+        """A critic on the actor's base has adapters like the actor's, unless the recipe gives it others."""
+        actor, critic = (data.get(role) if isinstance(data, dict) else None for role in ("actor", "critic"))
+        if isinstance(actor, dict) and isinstance(critic, dict) and critic.get("share_base") and critic.get("lora") is None:
+            return {**data, "critic": {**critic, "lora": actor.get("lora")}}
+        return data
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
@@ -415,6 +447,9 @@ class Config(Section):
                 f"reward.missing_eos_penalty={self.reward.missing_eos_penalty:g}: has no effect under algorithm.truncation={truncation}, "
                 "which gives responses without an end no score; use truncation=terminal, or remove the penalty",
             )
+            for i, component in enumerate(self.reward.components):
+                if component.model and component.model.share_base:
+                    need(self.actor.lora is not None, f"reward.components.{i}.model.share_base: {_NO_BASE}")
             rows = self.rollout.prompts * self.rollout.group_size
             need(
                 rows % self.algorithm.minibatches == 0,
@@ -430,7 +465,19 @@ class Config(Section):
                     f"critic.path={self.critic.path}: not read under critic.init={self.critic.init}; set critic.init=path, or remove it",
                 )
                 if self.critic.init == "reward":
-                    need(any(c.model for c in self.reward.components), "critic.init=reward: no reward model among reward.components")
+                    first = next((c.model for c in self.reward.components if c.model), None)
+                    need(first is not None, "critic.init=reward: no reward model among reward.components")
+                    need(
+                        not (first and first.share_base),
+                        "critic.init=reward: the first reward model has no body of its own (share_base); use critic.init=actor and critic.share_base=true",
+                    )
+                if self.critic.share_base:
+                    need(self.actor.lora is not None, f"critic.share_base: {_NO_BASE}")
+                    need(
+                        critic_origin(self) == self.actor.path and self.critic.head == "zero",
+                        f"critic.share_base: the body is the actor's base and the head starts at zero, but critic.init={self.critic.init} reads "
+                        f"{critic_origin(self)} with head={self.critic.head}; use critic.init=actor and head=zero, or share_base=false",
+                    )
                 need(
                     self.algorithm.critic_warmup_steps < (self.train.steps or 0),
                     f"algorithm.critic_warmup_steps={self.algorithm.critic_warmup_steps}: the actor would never learn in {self.train.steps} steps",
@@ -712,6 +759,8 @@ def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu:
     )
     if isinstance(role, TrainedModelConfig):
         _own_optimizer(tree, role)
+    if shares_base(role):
+        _check_base(config, tree["zero_optimization"].get("stage", 0), dtype, role_dtype(config.actor, on_gpu))
     if trained and tree["zero_optimization"].get("stage", 0) == 0 and dtype == "bfloat16":
         raise ValueError("zero_optimization.stage=0 with bfloat16: DeepSpeed has no fp32 gradient accumulation there; use stage 1, or dtype=float32")
     return tree
@@ -728,6 +777,23 @@ def _own_optimizer(tree: dict[str, Any], role: TrainedModelConfig) -> None:
     for key, value in ours.items():
         if given.setdefault(key, value) != value:
             raise ValueError(f'`optimizer.params.{key}` is {given[key]!r} but the recipe says {value!r}; write "auto" there, or change one of them')
+
+
+def shares_base(role: ModelConfig) -> bool:
+    """Whether a role computes on the actor's frozen base, with adapters and a head of its own."""
+    return isinstance(role, CriticConfig | RewardModelConfig) and role.share_base
+
+
+def _check_base(config: Config, stage: int, dtype: str, actor_dtype: str) -> None:
+    """ValueError if a role with this stage and dtype cannot compute on the actor's base."""
+    tree, _ = read_deepspeed(config.deepspeed if config.actor.deepspeed is None else config.actor.deepspeed)
+    if 3 in (stage, tree.get("zero_optimization", {}).get("stage", 0)):
+        raise ValueError(
+            "share_base=true: ZeRO-3 can not run two engines on one base: each keeps its own account of which parameters are gathered, and asserts on "
+            "those that the other has in flight; use ds_configs/zero2.json or share_base=false"
+        )
+    if dtype != actor_dtype:
+        raise ValueError(f"share_base=true: the base is {actor_dtype} (actor.dtype), the role that shares it {dtype}; give both the same dtype")
 
 
 def critic_origin(config: Config) -> Path | None:

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class WholePlacement:
     """Every rank holds the whole model (ZeRO 0-2)."""
 
     partitioned = False
+    base: Mapping[str, nn.Parameter] = {}
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -81,13 +82,14 @@ class WholePlacement:
         for owner in module.modules():
             for name, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, name, buffer.to(self.world.device))
-        seen: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+        places = {id(p): self._place(name, p) for name, p in module.named_parameters()}  # tied parameters stay one object
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
-                if id(parameter) not in seen:
-                    seen[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=self.world.device), parameter.requires_grad)
-                setattr(owner, name, seen[id(parameter)])
+                setattr(owner, name, places[id(parameter)])
         return module
+
+    def _place(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(parameter, device=self.world.device), parameter.requires_grad)
 
     def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
         with torch.no_grad():
@@ -97,10 +99,25 @@ class WholePlacement:
         return weighted_bits(parameter)
 
 
+class SharedPlacement(WholePlacement):
+    """Modules of a role's own around frozen parameters that another role has loaded: adapters, hooks and checkpointing of the two never meet."""
+
+    def __init__(self, world: World, base: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(world)
+        assert not any(p.requires_grad for p in base.values())
+        self.base = base
+        for parameter in base.values():
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed's mark for what a starting engine need not broadcast
+
+    def _place(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return self.base[name] if name in self.base else super()._place(name, parameter)
+
+
 class PartitionedPlacement:
     """Every rank holds its slice of every parameter (ZeRO-3)."""
 
     partitioned = True
+    base: Mapping[str, nn.Parameter] = {}
 
     def __init__(self, world: World, settings: dict[str, Any]) -> None:
         self.world, self.settings = world, settings
@@ -161,8 +178,8 @@ def _open_files(process: psutil.Process) -> list[str]:
         return []
 
 
-def loading_context(settings: dict[str, Any], world: World) -> Placement:
-    """How a model is built under its ZeRO settings. (collective)"""
+def loading_context(settings: dict[str, Any], world: World, base: Mapping[str, nn.Parameter] | None = None) -> Placement:
+    """How a model is built under its ZeRO settings; base: on which frozen parameters of another role (`models.lora.frozen_base`). (collective)"""
     if not deepspeed.comm.is_initialized():
         if world.local_rank == 0:
             _clear_abandoned_builds()
@@ -171,6 +188,8 @@ def loading_context(settings: dict[str, Any], world: World) -> Placement:
             deepspeed.init_distributed(verbose=False)  # takes over the group that exists; zero.Init counts the ranks through it
         world.barrier()
         _unlink_shared_buffer(world)
+    if base is not None:
+        return SharedPlacement(world, base)
     return PartitionedPlacement(world, settings) if zero_stage(settings) == 3 else WholePlacement(world)
 
 

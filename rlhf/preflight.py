@@ -11,16 +11,19 @@ from rlhf.config import (
     Config,
     ModelConfig,
     RewardComponentConfig,
+    RewardModelConfig,
     TrainedModelConfig,
     critic_origin,
     hybrid_engine_words,
     role_dtype,
     role_settings,
+    shares_base,
     to_yaml,
 )
 from rlhf.distributed import launch_environment
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
+from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
 from rlhf.rewards import FunctionReward
 from rlhf.rollout.decoder import is_lean
@@ -45,9 +48,11 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         hybrid_engine_words(config)
         refuse_unsupported(read_architecture(config.actor, "actor"), config.rollout.max_new_tokens)
         _check_tokenizers(config)
-        for component in config.reward.components:
+        for i, component in enumerate(config.reward.components):
             if component.function:
                 FunctionReward(component)
+            if component.model and component.model.share_base and config.actor.path:
+                check_adapter(component.model.path, config.actor.path, f"reward.components.{i}.model")
         if config.validation.verifier:
             FunctionReward(RewardComponentConfig(function=config.validation.verifier))
 
@@ -85,6 +90,7 @@ def describe(config: Config) -> str:
         trained = isinstance(role, TrainedModelConfig)
         stage = settings["zero_optimization"].get("stage", 0)
         kind = ("LoRA" if role.lora else "trained") if isinstance(role, TrainedModelConfig) else "frozen"
+        kind += " on the actor's base" if shares_base(role) else ""
         architecture = read_architecture(role, name)
         lines.append(
             f"  {name}: {role.path} ({architecture.model_type}, {parameters(architecture) / 1e6:.1f} M), {kind}, {role_dtype(role, on_gpu)}, "
@@ -126,12 +132,17 @@ def roles(config: Config) -> list[tuple[str, ModelConfig]]:
     if config.task == "reward_model":
         return [("reward_model", config.reward_model)]
     found: list[tuple[str, ModelConfig]] = [("actor", config.actor)]
-    reward_models = [(c.label, c.model) for c in config.reward.components if c.model]
+    reward_models = [(c.label, _with_body(config, c.model)) for c in config.reward.components if c.model]
     if config.algorithm.needs_critic:
         found.append(("critic", config.critic.model_copy(update={"path": critic_origin(config)})))
     if config.uses_reference and not (config.actor.lora and config.reference.path is None):
         found.append(("reference", config.reference.model_copy(update={"path": config.reference.path or config.actor.path})))
     return found + reward_models
+
+
+def _with_body(config: Config, model: RewardModelConfig) -> RewardModelConfig:
+    """Under `share_base` the path is that of adapters; the body is the actor's."""
+    return model.model_copy(update={"path": config.actor.path}) if model.share_base else model
 
 
 def parameters(architecture: PretrainedConfig) -> int:

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.config import LoraConfig, ModelConfig
 from rlhf.engine import WholePlacement, full_tensors
-from rlhf.models.export import adapter_parameters, export_adapter, export_model
+from rlhf.models.export import export_adapter, export_model
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import load_causal_lm, load_scalar_model, read_architecture, score_statistics, tensor_names, weighted_bits
-from rlhf.models.lora import WeightSource, adapters_off, add_adapters, weight_layout
+from rlhf.models.lora import WeightSource, adapter_parameters, adapters_off, add_adapters, weight_layout
 from tests.helpers import ARCHITECTURES, VOCABULARY, single_world, tiny_tokenizer
 
 WORLD = single_world()
@@ -175,7 +175,7 @@ def test_merged_weights_compute_as_the_adapted_model(models: Path, tmp_path: Pat
         assert merged.lm_head.weight is merged.get_input_embeddings().weight  # trap 33
     from peft import PeftModel
 
-    export_adapter(tmp_path / "adapter", model, dict(adapter_parameters(model)), True)
+    export_adapter(tmp_path / "adapter", model, dict(adapter_parameters(model)), models / name, True)
     adapted = PeftModel.from_pretrained(plain(models / name), tmp_path / "adapter").eval()
     assert torch.equal(logits(adapted), logits(model))
 

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import SCORE_STATISTICS
+from rlhf.models.lora import ADAPTER_WEIGHTS
 
 COPIED = ("generation_config.json", "chat_template.jinja")
 
@@ -54,23 +55,27 @@ def export_model(
         for name in COPIED:
             if (source / name).is_file() and not (folder / name).exists():
                 (folder / name).write_bytes((source / name).read_bytes())
-        if statistics is not None:
-            (folder / SCORE_STATISTICS).write_text(json.dumps({"mean": statistics[0], "std": statistics[1]}) + "\n")
+        _write_statistics(folder, statistics)
 
 
-def export_adapter(folder: Path, module: nn.Module, tensors: dict[str, Tensor], write: bool) -> None:
-    """The adapters alone, as PEFT writes and reads them. tensors: name in the PEFT model -> whole tensor."""
+def export_adapter(
+    folder: Path, module: nn.Module, tensors: dict[str, Tensor], source: Path, write: bool, statistics: tuple[float, float] | None = None
+) -> None:
+    """The adapters (and a scalar head) alone, as PEFT writes and reads them. tensors: those of `adapter_parameters`, whole; source, statistics:
+    as above."""
     assert isinstance(module, PeftModel)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        named = {name.replace(".default.", "."): tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        named = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config = copy.deepcopy(module.peft_config["default"])
+        config.base_model_name_or_path = str(source.resolve())
         if isinstance(module.get_base_model(), ScalarModel):  # the head is trained whole and belongs to the adapter
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         config.save_pretrained(str(folder))
+        _write_statistics(folder, statistics)
 
 
-def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What an adapter file holds: the LoRA matrices and a scalar head, by their name in the PEFT model."""
-    return {name: p for name, p in module.named_parameters() if ".lora_" in name or name.endswith(".score.weight")}
+def _write_statistics(folder: Path, statistics: tuple[float, float] | None) -> None:
+    if statistics is not None:
+        (folder / SCORE_STATISTICS).write_text(json.dumps({"mean": statistics[0], "std": statistics[1]}) + "\n")

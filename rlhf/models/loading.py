@@ -7,7 +7,7 @@ file and each rank keeps its own part. A position-weighted checksum of what arri
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +29,7 @@ class Placement(Protocol):
     """How a model sits on the ranks; `rlhf.engine.loading_context` makes one."""
 
     partitioned: bool
+    base: Mapping[str, nn.Parameter]  # what another role has loaded, by name in the plain model; empty: everything is read from the folder
 
     def construct(self, build: Callable[[], nn.Module]) -> nn.Module:
         """Run `build` so that its parameters take no more room than this rank's share, contents undefined."""
@@ -114,7 +115,10 @@ def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: W
 def load_scalar_model(
     config: ModelConfig, key: str, placement: Placement, world: World, dtype: torch.dtype, head: str, packing: bool = False
 ) -> ScalarModel:
-    """A critic or reward model. head: "keep" the folder's `score.weight` (ValueError if it has none) or start from "zero"; packing: as above."""
+    """A critic or reward model. head: "keep" the folder's `score.weight` (ValueError if it has none) or start from "zero"; packing: as above.
+
+    On a base that another role has loaded (`Placement.base`) only the head is made.
+    """
     architecture = without_dropout(read_architecture(config, key))
 
     def build() -> nn.Module:
@@ -123,7 +127,13 @@ def load_scalar_model(
 
     module = placement.construct(build)
     assert isinstance(module, ScalarModel)
-    found = _fill(module, config, placement, world, optional=("score.weight",) if head == "zero" else ())
+    if placement.base:
+        strange = [name for name, _ in module.named_parameters() if name not in placement.base and name != "score.weight"]
+        if strange or head != "zero":
+            raise ValueError(f"{key}: the base of {config.path} has no {(strange or ['score.weight'])[:3]}: it cannot be shared; set share_base=false")
+        found: set[str] = set()
+    else:
+        found = _fill(module, config, placement, world, optional=("score.weight",) if head == "zero" else ())
     if head == "zero" or "score.weight" not in found:
         placement.write(module.score.weight, torch.zeros(1, module.score.in_features, dtype=dtype))
     fuse(module)

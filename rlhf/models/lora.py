@@ -1,19 +1,30 @@
-"""LoRA through peft: adapters on the training model, the reference = adapters off, merged weights for rollouts and export."""
+"""LoRA through peft: adapters on the training model, the reference = adapters off, merged weights for rollouts and export.
+
+Roles that share a base (`share_base`) have modules and adapters of their own around the same frozen parameters (`engine.SharedPlacement`): which adapter
+is on never has to be switched, and what computes is bit for bit what computes on a base of its own.
+"""
 
 from __future__ import annotations
 
+import json
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf.config import LoraConfig
 from rlhf.models.heads import ScalarModel
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
+SCORE = "base_model.model.score.weight"  # a scalar head beside its adapters
 
 # peft asks transformers for an attribute by its old name: nothing that a user could mend.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -62,6 +73,62 @@ def adapters_off(module: nn.Module) -> AbstractContextManager[None]:
     assert isinstance(module, PeftModel)
     context: AbstractContextManager[None] = module.disable_adapter()
     return context
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What an adapter file holds, by its names there: the LoRA matrices and a scalar head."""
+    return {name.replace(".default.", "."): p for name, p in module.named_parameters() if ".lora_" in name or name == SCORE}
+
+
+def check_adapter(folder: Path | None, base: Path, key: str) -> None:
+    """ValueError unless `folder` is what `export_adapter` writes of a reward model that was trained with LoRA on the model folder `base`."""
+
+    def refusal(why: str) -> ValueError:
+        mend = "share_base needs the folder adapter/ of a reward model trained with reward_model.lora on the actor's folder; or set share_base=false"
+        return ValueError(f"{key}.path={folder}: {why}; {mend}")
+
+    if folder is None or not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        raise refusal(f"no adapter ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}) in it")
+    given = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    origin = given.get("base_model_name_or_path")
+    if given.get("peft_type") != "LORA" or origin is None:
+        raise refusal(f"an adapter of type {given.get('peft_type')} on the base {origin}")
+    if Path(origin).resolve() != base.resolve():
+        raise refusal(f"trained on the base {origin}, but the actor's is {base.resolve()}: on other weights it would score something else")
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        if SCORE not in file.keys():  # noqa: SIM118 (not a mapping)
+            raise refusal("an adapter without a scalar head")
+
+
+def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
+    """The reward model in `folder` (see `check_adapter`) on the body of `module`. ValueError if it does not fit, or asks for what is not done here."""
+    given = PeftLoraConfig.from_pretrained(str(folder))
+    targets = given.target_modules
+    config = LoraConfig(r=given.r, alpha=given.lora_alpha, target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
+    wrapped = add_adapters(module, config, seed=0)
+    ours, theirs = wrapped.peft_config["default"].to_dict(), given.to_dict()  # type: ignore[index,union-attr]
+    odd = [name for name, value in theirs.items() if name not in _SAYS_NOTHING and value != ours.get(name)]
+    if odd:
+        raise ValueError(f"{folder}: adapters with {', '.join(f'{name}={theirs[name]}' for name in odd)}: not supported here")
+    parameters, tensors = adapter_parameters(wrapped), load_file(folder / ADAPTER_WEIGHTS)
+    if wrong := {(n, p.shape) for n, p in parameters.items()} ^ {(n, t.shape) for n, t in tensors.items()}:
+        raise ValueError(f"{folder}: the adapters do not fit the base: {sorted(name for name, _ in wrong)[:3]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return wrapped
+
+
+# Of an adapter's config: how it was made and what it was part of, and where its matrices sit, which their names tell.
+_SAYS_NOTHING = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "modules_to_save", "peft_version", "revision"} | {
+    "target_modules",
+    "task_type",
+}
+
+
+def frozen_base(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters below the adapters, by their name in the plain model."""
+    return {source.name: source.weight for source in weight_layout(module)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.batching import MicroBatchPlan, collate, plan_micro_batches, split_minibatches
 from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_origin, hybrid_engine_words
@@ -33,7 +33,7 @@ from rlhf.models.loading import (
     score_statistics,
     without_dropout,
 )
-from rlhf.models.lora import adapters_off, weight_layout
+from rlhf.models.lora import adapters_off, frozen_base, load_adapter, weight_layout
 from rlhf.models.scoring_head import fuse_head
 from rlhf.ops.kl import KLController, kl_loss
 from rlhf.ops.losses import POLICY_LOSSES, value_loss
@@ -158,8 +158,9 @@ def build_models(run: Run, max_context: int = 0) -> Models:
     critic = None
     if config.algorithm.needs_critic:
         role = config.critic.model_copy(update={"path": critic_origin(config)})
-        critic = run.train_engine(role, "critic", config.train.steps * updates, scalar_head=config.critic.head)
-    scorers = [_scorer(run, component) for component in config.reward.components]
+        base = frozen_base(actor.module) if role.share_base else None
+        critic = run.train_engine(role, "critic", config.train.steps * updates, scalar_head=config.critic.head, base=base)
+    scorers = [_scorer(run, component, actor) for component in config.reward.components]
     ends = eos_token_ids(config.actor.path, run.tokenizer, config.rollout.eos_token_ids)
     assert isinstance(run.tokenizer.pad_token_id, int)
     return Models(
@@ -210,15 +211,20 @@ def _reference(run: Run, actor: TrainEngine) -> Callable[..., Any]:
     return FrozenEngine(module, settings, run.world)
 
 
-def _scorer(run: Run, component: RewardComponentConfig) -> FunctionReward | RewardModel:
+def _scorer(run: Run, component: RewardComponentConfig, actor: TrainEngine) -> FunctionReward | RewardModel:
     if component.model is None:
         return FunctionReward(component)
-    role = component.model
+    role, key = component.model, f"reward model {component.label}"
     assert role.path is not None
     settings = run.settings(role)
-    placement = loading_context(settings, run.world)
     train, dtype = run.config.train, model_dtype(role, run.world.device)
-    module = load_scalar_model(role, f"reward model {component.label}", placement, run.world, dtype, "keep", train.packing)
+    module: nn.Module
+    if role.share_base:
+        placement = loading_context(settings, run.world, frozen_base(actor.module))
+        body = role.model_copy(update={"path": run.config.actor.path})
+        module = load_adapter(load_scalar_model(body, key, placement, run.world, dtype, "zero", train.packing), role.path)
+    else:
+        module = load_scalar_model(role, key, loading_context(settings, run.world), run.world, dtype, "keep", train.packing)
     mean, std = score_statistics(role.path)
     return RewardModel(FrozenEngine(module, settings, run.world), mean, std, train, run.world)
 

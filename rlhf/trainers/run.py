@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.checkpoint import Checkpoints, Saved
@@ -24,9 +25,9 @@ from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, 
 from rlhf.distributed import World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
-from rlhf.models.export import adapter_parameters, export_adapter, export_model
+from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
-from rlhf.models.lora import add_adapters, weight_layout
+from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
 from rlhf.models.scoring_head import fuse_head
 
 
@@ -79,10 +80,12 @@ class Run:
     def settings(self, role: ModelConfig) -> dict[str, Any]:
         return role_settings(self.config, role, world_size=self.world.size, on_gpu=self.on_gpu)
 
-    def train_engine(self, role: TrainedModelConfig, key: str, total_steps: int, scalar_head: str | None = None) -> TrainEngine:
-        """Load, adapt and wrap a trained model; scalar_head: "zero" or "keep" for a critic or reward model. (collective)"""
+    def train_engine(
+        self, role: TrainedModelConfig, key: str, total_steps: int, scalar_head: str | None = None, base: Mapping[str, nn.Parameter] | None = None
+    ) -> TrainEngine:
+        """Load, adapt and wrap a trained model; scalar_head: "zero" or "keep" for a critic or reward model; base: of another role. (collective)"""
         settings = self.settings(role)
-        placement = loading_context(settings, self.world)
+        placement = loading_context(settings, self.world, base)
         dtype = model_dtype(role, self.world.device)
         if scalar_head is None:
             module = load_causal_lm(role, key, placement, self.world, dtype, self.config.train.packing)
@@ -139,7 +142,7 @@ class Run:
             tensors = engine.full_tensors(weight_layout(module))
             export_model(folder / "hf", module, tensors, source, self.tokenizer, write, statistics, role.trust_remote_code)
             if role.lora:
-                export_adapter(folder / "adapter", module, engine.full_parameters(adapter_parameters(module)), write)
+                export_adapter(folder / "adapter", module, engine.full_parameters(adapter_parameters(module)), source, write, statistics)
 
         return export
 
