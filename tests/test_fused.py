@@ -25,7 +25,7 @@ from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import add_adapters
 from rlhf.models.packing import pack_attention
 from rlhf.ops import fused
-from rlhf.ops.fused import rms_norm, rotate, silu_mul_pair
+from rlhf.ops.fused import gated_down, rms_norm, rotate, silu_mul_pair
 from rlhf.rollout import kernels
 from tests.helpers import relative
 from tests.interpreter import interpreted
@@ -73,7 +73,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, "forward", staticmethod(counted))
 
-    for owner in (fused._RmsNorm, fused._SiluMul, fused._Rotate):
+    for owner in (fused._RmsNorm, fused._SiluMul, fused._GatedDown, fused._Rotate):
         count(owner)
     return calls
 
@@ -274,6 +274,24 @@ def test_gated_activation(forced: Counter[str], shape: tuple[int, ...], dtype: t
 
 
 @in_kernels
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_gated_down_keeps_only_its_inputs(forced: Counter[str], dtype: torch.dtype, frozen: bool) -> None:
+    gate, up = (values(2, 7, 130, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
+    weight = (values(24, 130, dtype=dtype, seed=2) * 0.1).requires_grad_(not frozen)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        out = gated_down(gate, up, weight)
+    assert {t.data_ptr() for t in kept} == {gate.data_ptr(), up.data_ptr(), weight.data_ptr()}
+    given = [gate, up] if frozen else [gate, up, weight]
+    twins = [t.detach().clone().requires_grad_(t.requires_grad) for t in (gate, up, weight)]
+    apart = nn.functional.linear(silu_mul_pair(twins[0], twins[1]), twins[2])
+    assert forced == {"_GatedDown": 1, "_SiluMul": 1} and torch.equal(out, apart)
+    for one, other in zip(gradients(out, *given), gradients(apart, *twins[: len(given)]), strict=True):
+        assert torch.equal(one, other)
+
+
+@in_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(16, 6, 2), (24, 3, 1), (64, 14, 2), (10, 1, 1)])
 @pytest.mark.parametrize("layout", ["model", "contiguous", "sliced"])
@@ -341,7 +359,8 @@ def test_whole_models(forced: Counter[str], family: str, way: str) -> None:
         models[1].train()
     found = outcome(models[1], ids)
     times = 2 if way == "checkpointing" else 1
-    assert forced == {"_RmsNorm": (modules - 3) * times + 1, "_SiluMul": 2 * times, "_Rotate": 2 * times}
+    activation = "_SiluMul" if family == "llama" or way == "lora" else "_GatedDown"  # a bias or an adapter on the last product keeps it apart
+    assert forced == {"_RmsNorm": (modules - 3) * times + 1, activation: 2 * times, "_Rotate": 2 * times}
     assert found.keys() == unfused.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, unfused[name], atol=1e-4 * float(unfused[name].abs().max()), rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.ops.fused import rms_norm, rotate, rotates, silu_mul_pair
+from rlhf.ops.fused import gated_down, rms_norm, rotate, rotates, silu_mul_pair
 
 FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}  # those of the rollout's lean decoder
 
@@ -54,8 +54,13 @@ def _norm(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:
-    """The projections are called as modules: they may be adapters, and DeepSpeed gathers weights in their hooks."""
-    down: Tensor = module.down_proj(silu_mul_pair(module.gate_proj(x), module.up_proj(x)))
+    """The projections are called as modules: they may be adapters, and DeepSpeed gathers weights in their hooks. Only the last, where it is a plain
+    product whose weight is at hand, is taken together with the activation."""
+    gate, up, last = module.gate_proj(x), module.up_proj(x), module.down_proj
+    plain = type(last) is nn.Linear and last.bias is None and not last._forward_hooks and not last._forward_pre_hooks
+    if plain and last.weight.shape == (last.out_features, last.in_features):
+        return gated_down(gate, up, last.weight)
+    down: Tensor = last(silu_mul_pair(gate, up))
     return down
 
 

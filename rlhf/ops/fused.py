@@ -216,7 +216,7 @@ def silu_mul(gate_up: Tensor, n: int, rows: int = 0) -> Tensor:
 
 @triton.jit
 @no_type_check
-def _silu_mul_gradient(GATE, UP, DOUT, DGATE, DUP, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_gradient(GATE, UP, DOUT, DGATE, DUP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     place = tl.program_id(0).to(tl.int64) * WIDTH + column
@@ -226,6 +226,8 @@ def _silu_mul_gradient(GATE, UP, DOUT, DGATE, DUP, WIDTH: tl.constexpr, BLOCK: t
     dtype = DUP.dtype.element_ty
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     act = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)  # what `up` was multiplied by
+    if AGAIN:
+        tl.store(OUT + place, (act * up).to(dtype), mask=inside)
     tl.store(DUP + place, (d_out * act).to(dtype), mask=inside)
     tl.store(DGATE + place, (d_out * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
 
@@ -243,10 +245,44 @@ class _SiluMul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = (_rows(t) for t in ctx.saved_tensors)
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        n, width = gate.shape
-        _silu_mul_gradient[(n, triton.cdiv(width, 1024))](gate, up, _rows(d_out), d_gate, d_up, width, 1024, num_warps=4)
+        d_gate, d_up, _ = _gradients(gate, up, _rows(d_out), again=False)
         return d_gate.view(d_out.shape), d_up.view(d_out.shape)
+
+
+def _gradients(gate: Tensor, up: Tensor, d_out: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, I] each: gradients of gate and up, and if asked what the forward gave."""
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    out = torch.empty_like(gate) if again else gate
+    n, width = gate.shape
+    _silu_mul_gradient[(n, triton.cdiv(width, 1024))](gate, up, d_out, d_gate, d_up, out, width, 1024, again, num_warps=4)
+    return d_gate, d_up, out
+
+
+class _GatedDown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        g = _rows(gate)
+        inner, (n, width) = torch.empty_like(g), g.shape
+        _silu_mul[(n, triton.cdiv(width, 1024))](g, _rows(up), inner, n, width, width, 1024, num_warps=4, **_early())
+        return F.linear(inner, weight).view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        d_rows = _rows(d_out)
+        d_gate, d_up, inner = _gradients(_rows(gate), _rows(up), d_rows @ weight, again=ctx.needs_input_grad[2])
+        return d_gate.view(gate.shape), d_up.view(up.shape), d_rows.t() @ inner if ctx.needs_input_grad[2] else None
+
+
+def gated_down(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """(silu(gate) * up) @ weight.T: gate, up [..., I], weight [H, I] -> [..., H]. From kernels, what the product takes is not kept for its gradient
+    but made again: it is among the largest tensors of a layer, and cheap."""
+    if _in_kernels(gate, up, weight) and gate.shape == up.shape:
+        out: Tensor = _GatedDown.apply(gate, up, weight)  # type: ignore[no-untyped-call]
+        return out
+    return F.linear(F.silu(gate) * up, weight)
 
 
 def silu_mul_pair(gate: Tensor, up: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import rlhf.models.fused as fused_module
 import rlhf.ops.head as head_module
 import rlhf.trainers.rl as rl_module
 import rlhf.trainers.run as run_module
@@ -272,3 +273,41 @@ def test_trap_2_a_single_update_needs_no_pass_for_old_logprobs(models: Path, alg
     for with_pass, without in run_ranks(with_and_without_pass, 2, models, algorithm):
         for name, tensor in with_pass.items():
             assert torch.equal(tensor, without[name]), name
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Products that take their weight without calling its module
+
+
+class _GatedDown(torch.autograd.Function):
+    """`rlhf.ops.fused.gated_down` without its kernels: keeps its inputs, the weight among them, and makes the rest again."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        _GatedDown.calls += 1
+        ctx.save_for_backward(gate, up, weight)
+        return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, weight)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        gate, up, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (gate, up)]
+            inner = torch.nn.functional.silu(inputs[0]) * inputs[1]
+        d_gate, d_up = torch.autograd.grad(inner, inputs, d_out @ weight)
+        return d_gate, d_up, d_out.flatten(0, -2).t() @ inner.detach().flatten(0, -2)
+
+
+def step_with_gated_down(world: World, models: Path) -> tuple[dict[str, dict[str, Tensor]], int]:
+    fused_module.gated_down = _GatedDown.apply  # type: ignore[assignment]
+    return step_on_ranks(world, models, "ppo", 3, 3, 1, "packed"), _GatedDown.calls
+
+
+def test_weights_of_a_layer_are_there_for_all_its_products_under_zero_3(models: Path) -> None:
+    expected = whole(models, "ppo", 1)
+    for found, calls in run_ranks(step_with_gated_down, 2, models):
+        assert calls >= 2
+        for name, delta in expected.items():
+            assert relative(found[name], delta) < 1e-5, name
