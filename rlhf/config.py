@@ -124,7 +124,8 @@ class CriticConfig(TrainedModelConfig):
     )
     head: Literal["zero", "keep"] = Field("zero", description="zero: values start at 0 (trap 15); keep: the head that the folder holds")
     share_base: bool = Field(
-        False, description="under actor.lora: the body is the actor's frozen base, held once; adapters (`lora`, default: the actor's) and head are its own"
+        False,
+        description="under actor.lora: the body is the actor's frozen base, held once; adapters (`lora`, default: the actor's) and head are its own",
     )
     learning_rate: float = Field(1e-5, ge=0, description="peak learning rate")
     dropout: float = Field(0.0, ge=0, le=0, description="only 0 (trap 2)")
@@ -134,7 +135,8 @@ class RewardModelConfig(ModelConfig):
     """A frozen reward model, as the task reward_model writes it."""
 
     share_base: bool = Field(
-        False, description="under actor.lora: the body is the actor's frozen base, held once; `path` is the folder adapter/ of a run with reward_model.lora"
+        False,
+        description="under actor.lora: the body is the actor's frozen base, held once; `path` is the folder adapter/ of a run with reward_model.lora",
     )
 
 
@@ -244,7 +246,9 @@ class RewardConfig(Section):
         True, description="functions score responses as they end, in calls of any size; false: one call on each rank, when all have ended"
     )
     workers: int = Field(
-        1, ge=1, description="threads on each rank that score while decoding; several suit functions that wait (a server, a sandbox), not Python at work"
+        1,
+        ge=1,
+        description="threads on each rank that score while decoding; several suit functions that wait (a server, a sandbox), not Python at work",
     )
     missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a response that never ends")
 
@@ -469,7 +473,7 @@ class Config(Section):
                     need(first is not None, "critic.init=reward: no reward model among reward.components")
                     need(
                         not (first and first.share_base),
-                        "critic.init=reward: the first reward model has no body of its own (share_base); use critic.init=actor and critic.share_base=true",
+                        "critic.init=reward: the first reward model has no body of its own (share_base); use critic.init=actor and its share_base",
                     )
                 if self.critic.share_base:
                     need(self.actor.lora is not None, f"critic.share_base: {_NO_BASE}")
@@ -789,8 +793,8 @@ def _check_base(config: Config, stage: int, dtype: str, actor_dtype: str) -> Non
     tree, _ = read_deepspeed(config.deepspeed if config.actor.deepspeed is None else config.actor.deepspeed)
     if 3 in (stage, tree.get("zero_optimization", {}).get("stage", 0)):
         raise ValueError(
-            "share_base=true: ZeRO-3 can not run two engines on one base: each keeps its own account of which parameters are gathered, and asserts on "
-            "those that the other has in flight; use ds_configs/zero2.json or share_base=false"
+            "share_base=true: ZeRO-3 can not run two engines on one base: each keeps its own account of what is gathered and fails on parameters "
+            "that the other has in flight; use ds_configs/zero2.json or share_base=false"
         )
     if dtype != actor_dtype:
         raise ValueError(f"share_base=true: the base is {actor_dtype} (actor.dtype), the role that shares it {dtype}; give both the same dtype")

@@ -340,3 +340,42 @@ def test_each_role_may_have_its_own() -> None:
     config = parse_config(tree)
     assert role_settings(config, config.actor, world_size=1, on_gpu=False)["zero_optimization"]["stage"] == 1
     assert role_settings(config, config.reference, world_size=1, on_gpu=False)["zero_optimization"]["stage"] == 3
+
+
+# ---- one base for several roles
+
+
+def on_one_base(critic: dict[str, Any], lora: Any = None, **sections: Any) -> Config:
+    tree = yaml.safe_load(RECIPE.replace("grpo", "ppo"))
+    tree["actor"]["lora"] = lora
+    return parse_config({**tree, "critic": {"share_base": True, **critic}, **sections})
+
+
+def test_a_critic_on_the_actors_base_has_adapters_like_the_actors_unless_told(tmp_path: Path) -> None:
+    config = on_one_base({}, {"r": 8, "alpha": 4})
+    assert config.critic.lora == config.actor.lora == LoraConfig(r=8, alpha=4)
+    assert on_one_base({"lora": {"r": 2}}, {"r": 8}).critic.lora == LoraConfig(r=2)
+    assert on_one_base({"init": "path", "path": "models/m"}, {"r": 8}).critic.share_base
+    assert on_one_base({"share_base": False}, {"r": 8}).critic.lora is None
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+REWARD_ON_BASE: dict[str, Any] = {"components": {"model": {"path": "models/adapter", "share_base": True}}}
+
+
+@pytest.mark.parametrize(
+    ("critic", "lora", "sections", "message"),
+    [
+        ({}, None, {}, r"critic.share_base: the actor trains all its weights, .* give actor.lora, or set share_base=false"),
+        ({"init": "path", "path": "models/other"}, {}, {}, r"critic.share_base: .* critic.init=path reads models/other .* use critic.init=actor"),
+        ({"init": "path", "path": "models/m", "head": "keep"}, {}, {}, r"critic.share_base: .* with head=keep; use .* head=zero"),
+        ({"init": "reward"}, {}, {"reward": {"components": {"model": {"path": "models/r"}}}}, r"critic.init=reward reads models/r"),
+        ({"init": "reward"}, {}, {"reward": REWARD_ON_BASE}, r"critic.init=reward: the first reward model has no body of its own"),
+        ({"share_base": False}, None, {"reward": REWARD_ON_BASE}, r"reward.components.0.model.share_base: the actor trains all its weights"),
+        ({"share_base": False}, {}, {"reference": {"share_base": True}}, r"unknown key `reference.share_base`"),
+    ],
+)
+def test_what_cannot_share_the_base_is_refused(critic: dict[str, Any], lora: Any, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        on_one_base(critic, lora, **sections)

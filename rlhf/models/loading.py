@@ -127,11 +127,11 @@ def load_scalar_model(
 
     module = placement.construct(build)
     assert isinstance(module, ScalarModel)
+    found: set[str] = set()
     if placement.base:
         strange = [name for name, _ in module.named_parameters() if name not in placement.base and name != "score.weight"]
-        if strange or head != "zero":
-            raise ValueError(f"{key}: the base of {config.path} has no {(strange or ['score.weight'])[:3]}: it cannot be shared; set share_base=false")
-        found: set[str] = set()
+        if strange:
+            raise ValueError(f"{key}: the actor's base has no {strange[:3]}, so it cannot be shared; set share_base=false")
     else:
         found = _fill(module, config, placement, world, optional=("score.weight",) if head == "zero" else ())
     if head == "zero" or "score.weight" not in found:

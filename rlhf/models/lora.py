@@ -1,7 +1,7 @@
 """LoRA through peft: adapters on the training model, the reference = adapters off, merged weights for rollouts and export.
 
-Roles that share a base (`share_base`) have modules and adapters of their own around the same frozen parameters (`engine.SharedPlacement`): which adapter
-is on never has to be switched, and what computes is bit for bit what computes on a base of its own.
+Roles that share a base (`share_base`) have modules and adapters of their own around the same frozen parameters (`engine.SharedPlacement`): no adapter
+ever has to be switched for another, and each role computes bit for bit as on a base of its own.
 """
 
 from __future__ import annotations
@@ -100,16 +100,23 @@ def check_adapter(folder: Path | None, base: Path, key: str) -> None:
             raise refusal("an adapter without a scalar head")
 
 
+# What an adapter's config says of how it was made and wrapped; the names of its matrices tell where they sit.
+_HARMLESS = {
+    *("base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights"),
+    *("lora_dropout", "modules_to_save", "peft_version", "target_modules", "task_type"),
+}
+
+
 def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
-    """The reward model in `folder` (see `check_adapter`) on the body of `module`. ValueError if it does not fit, or asks for what is not done here."""
+    """The reward model of `folder` (see `check_adapter`) on the body of `module`. ValueError if it does not fit or is more than plain LoRA."""
     given = PeftLoraConfig.from_pretrained(str(folder))
     targets = given.target_modules
     config = LoraConfig(r=given.r, alpha=given.lora_alpha, target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
     wrapped = add_adapters(module, config, seed=0)
     ours, theirs = wrapped.peft_config["default"].to_dict(), given.to_dict()  # type: ignore[index,union-attr]
-    odd = [name for name, value in theirs.items() if name not in _SAYS_NOTHING and value != ours.get(name)]
+    odd = [f"{name}={value}" for name, value in theirs.items() if name not in _HARMLESS and value != ours.get(name)]
     if odd:
-        raise ValueError(f"{folder}: adapters with {', '.join(f'{name}={theirs[name]}' for name in odd)}: not supported here")
+        raise ValueError(f"{folder}: adapters with {', '.join(odd)} are not supported")
     parameters, tensors = adapter_parameters(wrapped), load_file(folder / ADAPTER_WEIGHTS)
     if wrong := {(n, p.shape) for n, p in parameters.items()} ^ {(n, t.shape) for n, t in tensors.items()}:
         raise ValueError(f"{folder}: the adapters do not fit the base: {sorted(name for name, _ in wrong)[:3]}")
@@ -117,13 +124,6 @@ def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return wrapped
-
-
-# Of an adapter's config: how it was made and what it was part of, and where its matrices sit, which their names tell.
-_SAYS_NOTHING = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "modules_to_save", "peft_version", "revision"} | {
-    "target_modules",
-    "task_type",
-}
 
 
 def frozen_base(module: nn.Module) -> dict[str, nn.Parameter]:
