@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+EXIT_AGAIN = 75  # "start me again": memory ran out, and the run folder holds a smaller budget (EX_TEMPFAIL of sysexits.h)
+POLL_SECONDS = 1.0  # between looks whether another rank has ended the job
 STALL_SECONDS = 1800.0  # a rank that shows no progress for so long in a phase ends the job
 
 
@@ -32,6 +36,7 @@ class World:
     _meetings: int = field(default=0, repr=False)
     _queues: int = field(default=0, repr=False)
     _left: str | None = field(default=None, repr=False)
+    _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -183,7 +188,27 @@ class World:
             self.store.delete_key(self._left)
         self._left = keys[self.rank]
 
+    def end_all(self, code: int) -> None:
+        """Every other rank leaves with this exit code, wherever it waits: nothing else would wake it in a collective that this rank will never join.
+        Returns when they have had the time to."""
+        if self.store is not None:
+            self._closed.set()
+            self.store.set("ended", str(code))
+            time.sleep(3 * POLL_SECONDS)
+
+    def _follow(self) -> None:
+        """In a thread: leave when another rank says so."""
+        assert self.store is not None
+        try:
+            while not self._closed.wait(POLL_SECONDS):
+                if self.store.check(["ended"]):
+                    sys.stdout.flush()
+                    os._exit(int(self.store.get("ended")))
+        except RuntimeError:  # rank 0, which serves the store, is gone: how it failed is its own affair
+            return
+
     def close(self) -> None:
+        self._closed.set()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -227,6 +252,7 @@ def init_world(threads: int | None = None, init_method: str | None = None) -> Wo
     world = World(rank, size, local_rank, local_size, device)
     if size > 1:
         world.store = _own_store(world)
+        threading.Thread(target=world._follow, daemon=True).start()
     return world
 
 

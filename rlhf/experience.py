@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.batching import MicroBatchPlan, collate, merged
-from rlhf.config import AlgorithmConfig
+from rlhf.config import AlgorithmConfig, Config
 from rlhf.distributed import World
 from rlhf.ops.advantages import ADVANTAGES, AdvantageInput
 from rlhf.ops.kl import k1
@@ -32,6 +32,12 @@ class ExperiencePasses:
     values: Scorer | None
     packing: bool = False  # what they are given: packed rows, or padded ones
     together: int = 1  # forwards of the update that are one forward of the reference or critic here: without gradients there is room for it
+
+
+def scored_together(config: Config, lean: bool) -> int:
+    """`ExperiencePasses.together` of a run; lean: the actor is of a family whose head answers in chunks, as logits of others exist as a whole."""
+    # With checkpointing the update's forwards may be as large as will fit.
+    return 4 if config.train.packing and lean and not config.actor.gradient_checkpointing else 1
 
 
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:

@@ -21,6 +21,7 @@ from rlhf.config import (
     to_yaml,
 )
 from rlhf.distributed import launch_environment
+from rlhf.memory import plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import check_adapter
@@ -104,6 +105,11 @@ def describe(config: Config) -> str:
         lines.append(f"  rollout: {way}; a whole copy of the actor on every rank ({size:.2f} GiB), filled once per rollout phase, adapters merged")
         if config.uses_reference and config.actor.lora and config.reference.path is None:
             lines.append("  reference: the actor with its adapters off")
+    lines.append("")
+    try:
+        lines += plan_memory(config, roles(config), world_size).table()  # of a GPU, wherever this is asked
+    except ValueError as error:
+        lines.append(f"  memory of a GPU: {error}")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ LAYERS = {
     "rlhf.rewards": 3,
     "rlhf.experience": 4,
     "rlhf.checkpoint": 4,
+    "rlhf.memory": 4,
     "rlhf.metrics": 4,
     "rlhf.preflight": 4,
     "rlhf.trainers": 5,

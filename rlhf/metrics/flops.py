@@ -30,6 +30,15 @@ class ModelShape:
     q_dim: int  # attention heads x head dim
     block_params: int  # matrix weights of all layers: attention and feed-forward, no embedding
     head_params: int  # matrix weights of the output head
+    hidden: int
+    inner: int  # width of the feed-forward block
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def kv_dim(self) -> int:
+        return self.kv_heads * self.head_dim
 
 
 def model_shape(config: Any, head_outputs: int | None = None) -> ModelShape:
@@ -48,6 +57,11 @@ def model_shape(config: Any, head_outputs: int | None = None) -> ModelShape:
         q_dim=heads * head_dim,
         block_params=layers * (attention + matrices * hidden * inner),
         head_params=hidden * (head_outputs or _first(config, "vocab_size")),
+        hidden=hidden,
+        inner=inner,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
     )
 
 

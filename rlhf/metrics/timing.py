@@ -15,12 +15,20 @@ class PhaseTimer:
     """Measures what runs inside `phase(...)` since `start_step()`; a phase that is entered again adds up.
 
     `synchronize` waits for the device at both ends of a phase (`torch.cuda.synchronize`, None on CPU): kernels run on after their
-    launch returns, and without it their seconds are booked on a later phase. `on_phase` hears the name of each phase that begins.
+    launch returns, and without it their seconds are booked on a later phase. `on_phase` hears the name of each phase that begins, `on_end` of
+    each that ends. `latest`: the phase that is on, or was.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None, on_phase: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        synchronize: Callable[[], None] | None = None,
+        on_phase: Callable[[str], None] | None = None,
+        on_end: Callable[[str], None] | None = None,
+    ) -> None:
         self._synchronize = synchronize or (lambda: None)
         self._on_phase = on_phase or (lambda name: None)
+        self._on_end = on_end or (lambda name: None)
+        self.latest = "set-up"
         self.start_step()
 
     def start_step(self) -> None:
@@ -33,12 +41,14 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str, tokens: int = 0, flops: float = 0.0) -> Iterator[None]:
         """Time a block. Nothing is recorded when it raises: the device may be unusable then, and waiting for it could hide the error."""
+        self.latest = name
         self._on_phase(name)
         self._synchronize()
         start = time.perf_counter()
         yield
         self._synchronize()
         self._seconds[name] += time.perf_counter() - start
+        self._on_end(name)
         self.add(name, tokens, flops)
 
     def add(self, name: str, tokens: int = 0, flops: float = 0.0) -> None:

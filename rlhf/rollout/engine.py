@@ -242,7 +242,7 @@ class HybridEngine:
     def _pages(self, max_context: int, page_bytes: int) -> int:
         s = self.settings
         least = -(-max_context // s.page_size) + 3  # one sequence, the holder's partial page, the page of nobody
-        wanted = -(-s.cache_tokens // s.page_size) + 1 if s.cache_tokens else (s.max_batch + 1) * -(-max_context // s.page_size) + 1
+        wanted = wanted_pages(s, max_context)
         if not s.cache_tokens:
             wanted = max(wanted, least)
         elif wanted < least:
@@ -253,7 +253,7 @@ class HybridEngine:
             return wanted
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(self.device)[0] - self._working_bytes()
+            free = torch.cuda.mem_get_info(self.device)[0] - working_bytes(self.config, s, self.dtype)
         else:
             import psutil
 
@@ -271,14 +271,6 @@ class HybridEngine:
                 f"{least * page_bytes / 2**30:.1f}: lower rollout.max_new_tokens or data.max_prompt_tokens"
             )
         return pages
-
-    def _working_bytes(self) -> int:
-        """Roughly what the largest prefill and the logits of a step take beside the cache."""
-        text: Any = self.config.get_text_config()
-        hidden = text.hidden_size
-        inner = getattr(text, "intermediate_size", None) or 4 * hidden
-        prefill = self.settings.prefill_tokens * (3 * inner + 4 * hidden) * self.dtype.itemsize
-        return prefill + max(self.settings.max_batch, FIRST_ROWS) * text.vocab_size * (4 + self.dtype.itemsize)
 
     # ---------------------------------------------------------------------------------------------------------- generate
 
@@ -325,6 +317,21 @@ class HybridEngine:
         finally:
             sys.setswitchinterval(switch)
         return call.rollout()
+
+
+def wanted_pages(settings: EngineSettings, max_context: int) -> int:
+    """Pages of the KV cache, if memory allows; the page of nobody included."""
+    s = settings
+    return -(-s.cache_tokens // s.page_size) + 1 if s.cache_tokens else (s.max_batch + 1) * -(-max_context // s.page_size) + 1
+
+
+def working_bytes(config: PretrainedConfig, settings: EngineSettings, dtype: torch.dtype) -> int:
+    """Roughly what the largest prefill and the logits of a step take beside the cache."""
+    text: Any = config.get_text_config()
+    hidden = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    prefill = settings.prefill_tokens * (3 * inner + 4 * hidden) * dtype.itemsize
+    return int(prefill + max(settings.max_batch, FIRST_ROWS) * text.vocab_size * (4 + dtype.itemsize))
 
 
 def _with_weights(model: Any, weights: dict[str, Tensor], device: torch.device) -> None:

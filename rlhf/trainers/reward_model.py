@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.batching import pack, pad_rows, plan_micro_batches
 from rlhf.config import Config, TrainConfig
@@ -18,9 +18,10 @@ from rlhf.metrics import model_shape, update_flops, wilson_interval
 from rlhf.models.forward import last_token_scores
 from rlhf.models.loading import load_tokenizer, tensor_names
 from rlhf.ops.losses import preference_loss
-from rlhf.trainers.run import Best, check_same_data, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.probe import fit_budget
+from rlhf.trainers.run import Best, check_same_data, device_peak_flops, start_run
 from rlhf.trainers.sft import total_steps
-from rlhf.types import PreferencePair
+from rlhf.types import PreferencePair, Sequence
 
 STATISTICS_PAIRS = 1024  # training pairs whose scores give the mean and std that later centre and scale the reward
 
@@ -37,17 +38,28 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     steps = total_steps(config, len(pairs))
     best = Best(config.validation.best_metric or "val-core/pair_accuracy/mean", config.validation.best_mode or "max")
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())
     check_same_data(world, (side.input_ids for p in pairs + held_out for side in (p.chosen, p.rejected)))  # (collective)
 
     head = "keep" if "score.weight" in tensor_names(role.path) else "zero"
     run.console.message("the head starts " + ("as the folder holds it" if head == "keep" else "at zero"))
+    run.expect(max(len(side.input_ids) for p in pairs for side in (p.chosen, p.rejected)))
     engine = run.train_engine(role, "reward_model", steps, scalar_head=head)
     sampler = DrawSampler(len(pairs), config.seed, config.data.shuffle)
     shape = model_shape(engine.module.config, head_outputs=1)
     start = run.resume({"reward_model": engine}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
+
+    def probe(module: nn.Module, lengths: list[int], config: Config) -> Tensor:
+        sides = [Sequence([0] * n, [True] * n, "") for n in lengths]
+        both = [PreferencePair(a, b, "") for a, b in zip(sides[::2], sides[1::2], strict=True)]
+        return torch.cat(score_pairs(module, both, pad, world.device, config.train.packing)).sum()
+
+    if start < steps and run.on_gpu:
+        fit_budget(run, {"reward_model": probe})  # (collective)
+        config = run.config
 
     for step in range(start + 1, steps + 1):
         run.timer.start_step()
@@ -87,7 +99,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         lengths = torch.tensor([len(side.input_ids) for p in batch for side in (p.chosen, p.rejected)]).numpy()
         tokens = int(lengths.sum())
         run.timer.add("update_reward_model", tokens // world.size, update_flops(shape, lengths, 2 * len(batch), role.lora is not None) / world.size)
-        timing = run.timer.metrics(device_peak_flops(), step_tokens=tokens // world.size, actor_memory_mb=peak_memory_mb())
+        timing = run.timer.metrics(device_peak_flops(), step_tokens=tokens // world.size, actor_memory_mb=run.meter.most_allocated_mb())
         run.end_step(step, metrics | timing)
 
 

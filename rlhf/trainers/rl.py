@@ -20,7 +20,7 @@ from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_o
 from rlhf.data import DrawSampler, load_prompts
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, StepResult, TrainEngine, loading_context
-from rlhf.experience import ExperiencePasses, gather_results, gather_rollout, kl_per_response, make_experience
+from rlhf.experience import ExperiencePasses, gather_results, gather_rollout, kl_per_response, make_experience, scored_together
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
 from rlhf.models.forward import response_logprobs, response_values
 from rlhf.models.loading import (
@@ -40,7 +40,8 @@ from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
 from rlhf.rewards import FunctionReward, RewardModel, Rewards
 from rlhf.rollout import EngineSettings, HybridEngine
-from rlhf.trainers.run import Best, Run, check_same_data, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.probe import Loss, fit_budget
+from rlhf.trainers.run import Best, Run, check_same_data, device_peak_flops, start_run
 from rlhf.trainers.validation import Validator, share_out, write_training_samples
 from rlhf.types import Experience, LossOutput, MicroBatch, Prompt, Rollout, Sampling, Scores
 
@@ -76,11 +77,14 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 
     best = Best(config.validation.best_metric or _accuracy_metric(held_out), config.validation.best_mode or "max")
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    config = run.config  # with the budget of earlier starts
     prompts, overlap = separate(prompts, held_out, config.data.drop_held_out)
     for text in [report.summary(), *([held_out_report.summary()] if held_out_report else []), *overlap]:
         run.console.message(text)
     check_same_data(world, (p.input_ids for p in prompts + held_out))  # (collective)
-    models = build_models(run, check_lengths(config, prompts, held_out))
+    longest = check_lengths(config, prompts, held_out)
+    run.expect(longest)
+    models = build_models(run, longest)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
     validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
@@ -91,6 +95,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])
 
+    if start < steps and run.on_gpu:
+        fit_budget(run, probes(models))  # (collective)
+        config = run.config
     layout = weight_layout(models.actor.module)
     release = config.rollout.release or hybrid_engine_words(config)["release"]
 
@@ -303,8 +310,7 @@ def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool
         ref_logprobs=timed("ref", lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
         values=timed("values", lambda batch: response_values(critic.score, batch)) if critic else None,
         packing=config.train.packing,
-        # Logits of other families exist as a whole, and with checkpointing the update's forwards may be as large as will fit.
-        together=4 if config.train.packing and models.hybrid_engine.lean and not config.actor.gradient_checkpointing else 1,
+        together=scored_together(config, models.hybrid_engine.lean),
     )
 
 
@@ -452,6 +458,25 @@ def critic_loss(forward: Callable[..., Any], batch: MicroBatch, algorithm: Algor
     return LossOutput(loss, metrics)
 
 
+def probes(models: Models) -> dict[str, Loss]:
+    """The update's losses on rows of given lengths, everything after the first token being a response that scores nothing."""
+
+    def batch(lengths: list[int], config: Config, device: torch.device) -> MicroBatch:
+        ids, n = torch.zeros(len(lengths), max(lengths), dtype=torch.int64), torch.tensor(lengths)
+        names = ["advantages", "old_logprobs", "values", "returns"] + ["ref_logprobs"] * config.uses_reference
+        none = torch.zeros(len(lengths), max(lengths))
+        plan = MicroBatchPlan(list(range(len(lengths))), weightless=True)
+        return collate(ids, torch.ones_like(n), n - 1, none.bool(), plan, dict.fromkeys(names, none), config.train.packing).to(device)
+
+    def actor(module: nn.Module, lengths: list[int], config: Config) -> Tensor:
+        return policy_loss(module, batch(lengths, config, models.actor.world.device), config, config.algorithm.kl.coef).loss_sum
+
+    def critic(module: nn.Module, lengths: list[int], config: Config) -> Tensor:
+        return critic_loss(module, batch(lengths, config, models.actor.world.device), config.algorithm).loss_sum
+
+    return {"actor": actor} | ({"critic": critic} if models.critic else {})
+
+
 class UpdateMetrics:
     """Sums over micro-batches and ranks, divided once by the tokens of each optimizer step (trap 30), then averaged over the steps."""
 
@@ -486,7 +511,7 @@ class Accounting:
     """Seconds, tokens and model operations per phase of this rank's share of a step."""
 
     def __init__(self, run: Run, models: Models) -> None:
-        self.timer, self.world, self.config, self.models = run.timer, run.world, run.config, models
+        self.timer, self.meter, self.world, self.config, self.models = run.timer, run.meter, run.world, run.config, models
         self.peak = device_peak_flops()
         self.shape = model_shape(models.hybrid_engine.config)
         self.scalar = model_shape(models.hybrid_engine.config, head_outputs=1)
@@ -507,4 +532,4 @@ class Accounting:
             self.timer.add("values", tokens // ranks, forward_flops(self.scalar, p + n, tokens) / ranks)
             lora = self.config.critic.lora is not None
             self.timer.add("update_critic", epochs * tokens // ranks, epochs * update_flops(self.scalar, p + n, tokens, lora) / ranks)
-        return self.timer.metrics(self.peak, step_tokens=tokens // ranks, actor_memory_mb=peak_memory_mb())
+        return self.timer.metrics(self.peak, step_tokens=tokens // ranks, actor_memory_mb=self.meter.most_allocated_mb())

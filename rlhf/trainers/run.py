@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.checkpoint import Checkpoints, Saved
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
-from rlhf.distributed import World, device_names
+from rlhf.distributed import EXIT_AGAIN, World, device_names
 from rlhf.engine import TrainEngine, loading_context
+from rlhf.memory import BUDGET, MemoryMeter, Plan, longest_row, plan_memory, read_budget, smaller, write_budget
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
 from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
 from rlhf.models.scoring_head import fuse_head
+from rlhf.preflight import roles
 
 
 @dataclass
@@ -67,6 +69,9 @@ class Run:
     console: Console
     timer: PhaseTimer
     best: Best
+    meter: MemoryMeter
+    longest: int  # tokens of the longest row
+    plan: Plan = field(default_factory=Plan)
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
 
     @property
@@ -79,6 +84,14 @@ class Run:
 
     def settings(self, role: ModelConfig) -> dict[str, Any]:
         return role_settings(self.config, role, world_size=self.world.size, on_gpu=self.on_gpu)
+
+    def expect(self, longest: int) -> None:
+        """The data is known, and with it the plan of the memory."""
+        self.longest = longest
+        try:
+            self.plan = plan_memory(self.config, roles(self.config), self.world.size, longest, self.on_gpu)
+        except Exception as error:  # a forecast that fails is no reason not to train
+            self.console.message(f"no plan of the memory: {error}")
 
     def train_engine(
         self, role: TrainedModelConfig, key: str, total_steps: int, scalar_head: str | None = None, base: Mapping[str, nn.Parameter] | None = None
@@ -147,6 +160,11 @@ class Run:
         return export
 
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
+        if step:
+            measured, remarks = self.meter.compare(self.plan)
+            metrics = metrics | measured
+            for remark in remarks:
+                self.console.message(remark)
         self.log.log(step, metrics)
         self.console.step(step, metrics)
 
@@ -154,6 +172,8 @@ class Run:
         """Close the sinks, also when training failed. A tracker that hangs would keep the interpreter from exiting, so then it ends here."""
         self.console.close()
         self.log.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            self.end_for_memory(error)
         if self.log.abandoned:
             if error is not None:
                 traceback.print_exception(kind, error, trace)
@@ -161,27 +181,54 @@ class Run:
             sys.stderr.flush()
             os._exit(0 if error is None else 1)
 
+    def end_for_memory(self, error: torch.OutOfMemoryError) -> NoReturn:
+        """Write a smaller budget and end this rank and all others, to be started again. ValueError, when the others have ended, if none can be
+        smaller."""
+        phase, folder, reason = self.timer.latest, self.config.run_dir, str(error).partition("\n")[0]
+        try:
+            key, value = smaller(self.config, phase, self.longest)
+        except ValueError:
+            self.world.end_all(2)
+            raise
+        write_budget(folder, self.world.rank, key, value)
+        print(
+            f"error (rank {self.world.rank}): out of memory in phase {phase}: {reason}\n"
+            f"planned for it: {self.plan.largest(phase)}\n"
+            f"Start it again: it goes on with {key}={value} ({folder / BUDGET}). To have it so from the start, put that into the recipe.",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.world.end_all(EXIT_AGAIN)
+        sys.stdout.flush()
+        os._exit(EXIT_AGAIN)  # without the interpreter's goodbyes: they may wait for ranks that have left
+
 
 def start_run(
     config: Config, world: World, tokenizer: PreTrainedTokenizerBase, resume: str, total_steps: int, best: Best, cleanup: contextlib.ExitStack
 ) -> Run:
-    """Open the run folder: decide what to resume from, write the resolved config, open the sinks; `cleanup` closes them. (collective)"""
+    """Open the run folder: decide what to resume from and with which budget, write the resolved config, open the sinks; `cleanup` closes them, and
+    ends the job where memory ran out. (collective)"""
     checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
     if world.is_main:
         (config.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.yaml").write_text(to_yaml(config))
     world.barrier()
     resume_from = checkpoints.find(resume)
+    if world.is_main and resume == "never":
+        (config.run_dir / BUDGET).unlink(missing_ok=True)
+    config = world.broadcast_object(read_budget(config))
     step = int(json.loads((resume_from / "trainer_state.json").read_text())["step"]) if resume_from else None
     console = Console(config.tracking.console, total_steps, world.is_main)
     log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
 
     def on_phase(name: str) -> None:
         world.beat()
+        meter.begin()
         console.phase(name)
 
-    timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase)
-    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best)
+    meter = MemoryMeter(world.device.type == "cuda")
+    timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, meter.end)
+    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config))
     cleanup.push(run.leave)
     return run
 
@@ -203,7 +250,3 @@ def check_same_data(world: World, rows: Iterable[list[int]]) -> None:
 def device_peak_flops() -> float | None:
     names = device_names()
     return peak_flops(names[0]) if names else None
-
-
-def peak_memory_mb() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.batching import pack, pad_rows, plan_micro_batches
 from rlhf.config import Config, TrainConfig
@@ -20,7 +20,8 @@ from rlhf.models.forward import inputs_of
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scoring_head import logprobs_of
 from rlhf.ops.masking import masked_sum
-from rlhf.trainers.run import Best, check_same_data, device_peak_flops, peak_memory_mb, start_run
+from rlhf.trainers.probe import fit_budget
+from rlhf.trainers.run import Best, check_same_data, device_peak_flops, start_run
 from rlhf.types import Sequence
 
 
@@ -35,15 +36,24 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     steps = total_steps(config, len(sequences))
     best = Best(config.validation.best_metric or "val-core/loss", config.validation.best_mode or "min")
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())
     check_same_data(world, (s.input_ids for s in sequences + held_out))  # (collective)
 
+    run.expect(max(len(s.input_ids) for s in sequences))
     actor = run.train_engine(config.actor, "actor", steps)
     sampler = DrawSampler(len(sequences), config.seed, config.data.shuffle)
     shape = model_shape(actor.module.config)
     start = run.resume({"actor": actor}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
+
+    def probe(module: nn.Module, lengths: list[int], config: Config) -> Tensor:
+        return nll_sum(module, [Sequence([0] * n, [True] * n, "") for n in lengths], pad, world.device, config.train.packing)
+
+    if start < steps and run.on_gpu:
+        fit_budget(run, {"actor": probe})  # (collective)
+        config = run.config
 
     for step in range(start + 1, steps + 1):
         run.timer.start_step()
@@ -73,7 +83,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
         run.timer.add(
             "update_actor", int(lengths.sum()) // world.size, update_flops(shape, lengths, tokens, config.actor.lora is not None) / world.size
         )
-        timing = run.timer.metrics(device_peak_flops(), step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=peak_memory_mb())
+        timing = run.timer.metrics(device_peak_flops(), step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=run.meter.most_allocated_mb())
         run.end_step(step, metrics | timing)
 
 

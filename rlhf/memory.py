@@ -1,0 +1,413 @@
+"""What every phase of a run holds on one GPU, predicted in bytes from the recipe and the architectures alone; and what becomes smaller where it does
+not fit.
+
+Where the numbers come from: sizes of parameters from the model itself, built on the meta device; what DeepSpeed 0.19.8 allocates, from its source;
+activations by the formula of `saved_per_token`, which a test compares with what autograd keeps. Left out: fragmentation of torch's allocator, and
+whatever lasts for less than a layer's backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+from rlhf.config import Config, ModelConfig, TrainedModelConfig, hybrid_engine_words, role_dtype, role_settings, shares_base
+from rlhf.experience import scored_together
+from rlhf.metrics.flops import ModelShape, model_shape
+from rlhf.models.fused import FAMILIES
+from rlhf.models.heads import ScalarModel
+from rlhf.models.loading import read_architecture
+from rlhf.models.lora import add_adapters
+from rlhf.ops.head import CHUNK_BYTES
+from rlhf.rollout import EngineSettings
+from rlhf.rollout.decoder import is_lean
+from rlhf.rollout.engine import wanted_pages, working_bytes
+
+GIB = 2**30
+CONTEXT = 0.8 * GIB  # CUDA context, kernels, cuBLAS workspaces
+NCCL = 1.0 * GIB  # its buffers, once there are several ranks
+LIVE = 500_000_000  # elements that ZeRO-3 leaves gathered: half of stage3_max_reuse_distance, as the backward pass comes back over them
+PREFETCHED = 50_000_000  # and gathers ahead: stage3_prefetch_bucket_size
+BUCKET = 500_000_000  # most elements of a gradient bucket (`TrainEngine`)
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+def saved_per_token(
+    shape: ModelShape, size: int, fused: bool, head_norms: bool = False, adapted: Iterable[str] | None = None, rank: int = 0
+) -> dict[str, float]:
+    """Bytes that one decoder layer keeps of a token for its backward pass, by what keeps them.
+
+    size: bytes of a number. fused: in the kernels of `rlhf.ops.fused`, which keep their inputs only. adapted: names of the linear modules with LoRA
+    adapters of this rank, all weights being frozen; None: all weights train. Inputs of products are kept for the gradients of their matrices; what
+    several take is kept once, and what comes out of attention is kept there.
+    """
+    s, names = shape, None if adapted is None else {name.rsplit(".", 1)[-1] for name in adapted}
+
+    def taken(*products: str) -> bool:
+        return names is None or bool(names & set(products))
+
+    width, count = (s.q_dim + s.kv_dim, s.heads + s.kv_heads) if head_norms else (0, 0)
+    down = taken("down_proj") and not (fused and names is None)  # made again for a plain product (`gated_down`)
+    terms = {
+        "norms": norm_per_token(2 * s.hidden + width, 2 + count, size, fused, trains=names is None),
+        "products": size * (s.hidden * (taken("q_proj", "k_proj", "v_proj") + taken("gate_proj", "up_proj")) + s.inner * down),
+        "attention": 2 * (s.q_dim + s.kv_dim) * size + 4 * s.heads,  # q, k, v and what comes out; a log-sum-exp for each head
+        "activation": 2 * s.inner * size,
+        "adapters": rank * len(names or ()) * size,
+    }
+    if not fused:
+        terms["activation"] += s.inner * size  # silu(gate)
+    return {name: float(value) for name, value in terms.items()}
+
+
+def norm_per_token(width: int, count: int, size: int, fused: bool, trains: bool) -> float:
+    """Bytes that `count` norms keep of a token, over `width` numbers in all. fused: their inputs; else these in float32, a factor for each, and what
+    was normalised if the weight trains."""
+    return float(width * size if fused else width * (4 + size * trains) + 4 * count)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a model: what its activations take."""
+
+    shape: ModelShape
+    size: int  # bytes of a number
+    tokens: int
+    scored: int  # tokens that the head sees
+    vocabulary: int  # 1: a scalar head
+    layer: float  # bytes that a layer keeps of a token
+    norm: float  # and the final norm
+    checkpointing: bool = False
+    chunked: bool = True  # the head answers in chunks (`rlhf.ops.head`)
+    head_trains: bool = True
+
+    def kept(self) -> float:
+        """From the forward to the backward pass: layers (their inputs only, under checkpointing), angles, final norm, head."""
+        s, scalar = self.shape, self.vocabulary == 1
+        layers = s.layers * (s.hidden * self.size if self.checkpointing else self.layer)
+        head = 4 * s.hidden + 8 if scalar else self.size * s.hidden + (16 if self.chunked else 4 * self.vocabulary)
+        return self.tokens * (layers + self.norm + self.size * 2 * s.head_dim + 8) + (self.tokens if scalar else self.scored) * head
+
+    def passing(self, backward: bool) -> float:
+        """Beside that, at the worst moment: in the head, or in one layer (which is computed again first, under checkpointing)."""
+        s, size = self.shape, self.size
+        wide = max(3 * s.inner, 2 * s.q_dim + 2 * s.kv_dim + (2 * s.q_dim if backward else 0)) + 2 * s.hidden
+        layer = self.tokens * (size * wide + (self.layer if backward and self.checkpointing else 0))
+        if self.vocabulary == 1:
+            return max(layer, 2.0 * self.tokens * 4 * s.hidden)
+        logits = self.scored * self.vocabulary * size
+        head = size * s.hidden * (self.scored + self.tokens) + (min(CHUNK_BYTES, logits) if self.chunked else logits + 8 * logits // size)
+        if backward and self.head_trains:
+            several = self.chunked and logits > CHUNK_BYTES
+            head += self.vocabulary * s.hidden * (size + (4 if several else 0))
+        return max(layer, head)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Roles
+
+
+def blank_model(role: ModelConfig, architecture: PretrainedConfig, scalar: bool, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """The role's model on the meta device, adapters on; ValueError for adapters that do not fit."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        make: Any = AutoModel if scalar else AutoModelForCausalLM
+        module: nn.Module = make.from_config(architecture, dtype=dtype, attn_implementation=role.attention, trust_remote_code=role.trust_remote_code)
+        if scalar:
+            module = ScalarModel(module, architecture.get_text_config().hidden_size)
+        if isinstance(role, TrainedModelConfig) and role.lora:
+            module = add_adapters(module, role.lora, seed).to(dtype)  # as DeepSpeed does
+    return module
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one role keeps on a GPU from the start to the end, and how a forward of it is counted."""
+
+    weights: float
+    gathered: float  # while it computes: what ZeRO-3 has brought together
+    gradients: float
+    buckets: float  # gradients on their way, while it learns
+    master: float
+    moments: float
+    early: bool  # its moments exist before the first step
+    step: float  # beside all that while weights are stepped, when activations are gone
+    plain: float  # the whole model without adapters
+    forward: Forward
+
+    @property
+    def items(self) -> dict[str, float]:
+        """What it holds in every phase."""
+        return {"weights": self.weights, "gradients": self.gradients, "master weights": self.master, "moments": self.moments}
+
+
+def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: int, on_gpu: bool = True) -> Held:
+    """Raises ValueError as `role_settings` and `read_architecture` do."""
+    settings, architecture = role_settings(config, role, world_size=ranks, on_gpu=on_gpu), read_architecture(role, name)
+    zero, lora = settings["zero_optimization"], role.lora if isinstance(role, TrainedModelConfig) else None
+    trained, stage, scalar = isinstance(role, TrainedModelConfig), int(zero.get("stage", 0)), name not in ("actor", "reference")
+    size = 2 if role_dtype(role, on_gpu) == "bfloat16" else 4
+    module = blank_model(role, architecture, scalar, torch.bfloat16 if size == 2 else torch.float32)
+    parameters = list(module.parameters())
+    shares, whole = ranks if stage == 3 else 1, sum(p.numel() for p in parameters)
+    threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
+    small = sum(p.numel() for p in parameters if p.numel() <= threshold) if shares > 1 else 0
+    base = sum(p.numel() for p in parameters if not (trained and p.requires_grad)) if shares_base(role) else 0
+    learns = [p.numel() for p in parameters if p.requires_grad] if trained else []
+    sharded = sum(learns) / (ranks if stage else 1)
+    layer = sum(p.numel() for p in decoder_layers(module)[0].parameters())
+    most = max(p.numel() for p in parameters)
+    gathered = min(whole, max(LIVE if trained else 0, most) + layer + PREFETCHED) if shares > 1 else 0
+
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    given = settings.get("optimizer", {"type": "adamw"})
+    bucket = min(int(zero.get("reduce_bucket_size", BUCKET)), sum(learns))
+    copies = {0: 0, 1: size == 4, 2: 1 + bool(zero.get("overlap_comm")), 3: 1}[stage]  # of the bucket
+    text = architecture.get_text_config()
+    fused = size == 2 and text.model_type in FAMILIES and getattr(text, "hidden_act", "") == "silu"
+    head_norms = text.model_type == "qwen3"
+    adapted = None if lora is None else [n for n, m in decoder_layers(module)[0].named_modules() if hasattr(m, "lora_A")]
+    shape = model_shape(architecture)
+    tokens = largest_forward(config, longest)
+    return Held(
+        weights=size * ((whole - base - small) / shares + small),
+        gathered=size * gathered,
+        gradients=0.0 if offload and stage >= 2 else 4 * (sharded if stage >= 2 else float(sum(learns))),
+        buckets=size * (copies * bucket + max(learns, default=0)),
+        master=0.0 if offload or stage == 0 or (stage == 3 and size == 4) else 4 * sharded,
+        moments=0.0 if offload or "adam" not in str(given["type"]).lower() else 8 * sharded,
+        early=stage == 3,
+        step=max(4 * sharded, size * bucket + 4 * bucket / ranks) if stage >= 2 and learns else 0.0,
+        plain=float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n)),
+        forward=Forward(
+            shape,
+            size,
+            tokens,
+            scored=tokens,
+            vocabulary=1 if scalar else text.vocab_size,
+            layer=sum(saved_per_token(shape, size, fused, head_norms, adapted, lora.r if lora else 0).values()),
+            norm=norm_per_token(shape.hidden, 1, size, fused, lora is None),
+            checkpointing=isinstance(role, TrainedModelConfig) and role.gradient_checkpointing,
+            chunked=text.model_type in FAMILIES,
+            head_trains=lora is None,
+        ),
+    )
+
+
+def decoder_layers(module: nn.Module) -> nn.ModuleList:
+    """The decoder layers."""
+    return max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def largest_forward(config: Config, longest: int) -> int:
+    """Tokens of the largest forward of the update on a rank, padding included. longest: tokens of the longest row (one side of a pair)."""
+    train, sides = config.train, 2 if config.task == "reward_model" else 1
+    return max(train.micro_batch_tokens, sides * longest) if train.micro_batch_tokens else train.micro_batch * sides * longest
+
+
+def longest_row(config: Config) -> int:
+    """Most tokens of a row, before the data is known."""
+    return config.data.max_tokens if config.task != "rl" else config.data.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass
+class Plan:
+    """Bytes by phase and item."""
+
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    capacity: int | None = None  # of the device, where there is one
+
+    def total(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    def largest(self, phase: str, count: int = 4) -> str:
+        """The phase's largest items, for a message."""
+        if phase not in self.phases:
+            return "not planned"
+        items = sorted(self.phases[phase].items(), key=lambda item: -item[1])[:count]
+        return f"{self.total(phase) / GIB:.1f} GiB, of it " + ", ".join(f"{name} {value / GIB:.1f}" for name, value in items)
+
+    def table(self) -> list[str]:
+        """A row for each item, a column for each phase, GiB."""
+        names = list(dict.fromkeys(name for items in self.phases.values() for name in items))
+        width = max(len(name) for name in [*names, "memory of one GPU, GiB"]) + 2
+        columns = [max(len(phase), 6) + 2 for phase in self.phases]
+
+        def row(name: str, cells: Iterable[str]) -> str:
+            return f"  {name:<{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, columns, strict=True))
+
+        lines = [row("memory of one GPU, GiB", self.phases)]
+        lines += [row(name, (f"{items[name] / GIB:.2f}" if name in items else "" for items in self.phases.values())) for name in names]
+        lines.append(row("sum", (f"{self.total(phase) / GIB:.2f}" for phase in self.phases)))
+        return lines + ([f"  the device has {self.capacity / GIB:.2f}"] if self.capacity else [])
+
+
+def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, longest: int | None = None, on_gpu: bool = True) -> Plan:
+    """roles: as `preflight.roles` lists them; longest: tokens of the longest row, if the data is known. The KV cache is bounded by the device, if
+    there is one; else it has all that it asks for. Raises ValueError as `held_by` does."""
+    longest = longest or longest_row(config)
+    held = {name: held_by(config, name, role, ranks, longest, on_gpu) for name, role in roles}
+    capacity = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
+    always = {"CUDA" + (" and NCCL" if ranks > 1 else ""): CONTEXT + (NCCL if ranks > 1 else 0.0)}
+    always |= {f"{name}: {item}": value for name, h in held.items() for item, value in h.items.items() if value}
+    plan = Plan(capacity=capacity)
+
+    def update(name: str) -> dict[str, float]:
+        h = held[name]
+        peak = {f"{name}: activations": h.forward.kept(), f"{name}: backward": h.forward.passing(backward=True)}
+        if sum(peak.values()) < h.step:
+            peak = {f"{name}: step": h.step}
+        return {f"{name}: gathered": h.gathered, f"{name}: buckets": h.buckets, **peak}
+
+    if config.task != "rl":
+        (name,) = held
+        plan.phases["update_" + name] = _present(always | update(name))
+        return plan
+
+    rollout, architecture = config.rollout, read_architecture(config.actor, "actor")
+    sizes = EngineSettings(max_batch=rollout.max_batch, cache_tokens=rollout.cache_tokens, prefill_tokens=rollout.prefill_tokens)
+    actor, lean = held["actor"], is_lean(architecture)
+    size, shape = actor.forward.size, actor.forward.shape
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    stage = int(role_settings(config, config.actor, world_size=ranks, on_gpu=on_gpu)["zero_optimization"].get("stage", 0))
+    borrowed = config.actor.lora is None and (stage in (1, 2) or (stage == 0 and not lean))  # `HybridEngine.borrow`: flat groups lie as it needs them
+    own = {} if borrowed else {"rollout: weights": actor.plain}
+    working = working_bytes(architecture, sizes, dtype)
+    page = shape.layers * 2 * sizes.page_size * shape.kv_dim * size
+    pool = float(wanted_pages(sizes, longest) * page)
+    if capacity and not rollout.cache_tokens:  # made before the first step, when some moments are not there yet
+        missing = sum(h.moments for h in held.values() if not h.early)
+        free = capacity - sum(always.values()) - sum(own.values()) + missing - working
+        pool = min(pool, max(0.0, free * rollout.memory_fraction))
+    cache = {**own, "rollout: KV cache": pool}
+    after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache
+
+    def score(name: str) -> dict[str, float]:
+        h, together = held[name], scored_together(config, lean)
+        f = h.forward
+        wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.norm, chunked=f.chunked)
+        return {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
+
+    plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})
+    if config.uses_reference:
+        plan.phases["ref"] = _present(always | after | score("reference" if "reference" in held else "actor"))
+    if "critic" in held:
+        plan.phases["values"] = _present(always | after | score("critic"))
+    for name in ("actor", "critic"):
+        if name in held:
+            plan.phases[f"update_{name}"] = _present(always | after | update(name))
+    return plan
+
+
+def _present(items: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in items.items() if value}
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Measured
+
+
+class MemoryMeter:
+    """Peak bytes of each phase of the first step, of this rank: what torch has allocated, and what the device has given to anybody but torch's
+    allocator (CUDA context, NCCL, the rollout's mapped buffers). What torch keeps for reuse without using it is not counted: it gives that back
+    before it fails. On CPU nothing is measured."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.measuring = on_gpu
+        self.peaks: dict[str, float] = {}
+        self._allocated = 0.0  # most so far; torch's own mark is set back for each phase
+
+    def begin(self) -> None:
+        if self.measuring:
+            torch.cuda.reset_peak_memory_stats()
+
+    def end(self, phase: str) -> None:
+        if not self.measuring:
+            return
+        free, total = torch.cuda.mem_get_info()
+        allocated = float(torch.cuda.max_memory_allocated())
+        self._allocated = max(self._allocated, allocated)
+        self.peaks[phase] = max(self.peaks.get(phase, 0.0), allocated + total - free - torch.cuda.memory_reserved())
+
+    def most_allocated_mb(self) -> float | None:
+        """Of the whole run; None without a GPU."""
+        return max(self._allocated, torch.cuda.max_memory_allocated()) / 2**20 if torch.cuda.is_available() else None
+
+    def compare(self, plan: Plan) -> tuple[dict[str, float], list[str]]:
+        """After the first step: metrics in GB, and what to say of phases that are more than 10 % off. Measures no more."""
+        if not self.measuring:
+            return {}, []
+        self.measuring = False
+        metrics: dict[str, float] = {}
+        off = []
+        for phase, measured in self.peaks.items():
+            if phase in plan.phases:
+                planned = plan.total(phase)
+                metrics |= {f"memory/{phase}_gb": measured / 1e9, f"memory/{phase}_planned_gb": planned / 1e9}
+                if abs(measured - planned) > 0.1 * planned:
+                    off.append(f"{phase} {measured / GIB:.1f} of {planned / GIB:.1f}")
+        return metrics, [f"memory, GiB measured of planned: {', '.join(off)}"] if off else []
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# The budget
+
+ROUND = 256  # tokens: a budget is a multiple of it
+BUDGET = "budget.json"  # in the run folder: {key: value} of what was made smaller than the recipe has it
+
+
+def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
+    """(key, next smaller value) of what a phase's memory depends on. ValueError where nothing can be made smaller."""
+    train = config.train
+    if phase == "set-up":
+        raise ValueError("out of memory before the first step: the models alone do not fit; use ZeRO-3 on more ranks, offload_optimizer, or LoRA")
+    if config.task == "rl" and phase in ("gen", "testing"):
+        key, value, least = "rollout.max_batch", config.rollout.max_batch // 2, 1
+        mend = "lower rollout.memory_fraction, rollout.cache_tokens or rollout.prefill_tokens, or use more ranks under ZeRO-3"
+    else:
+        key, value, least = ("train.micro_batch", train.micro_batch // 2, 1)
+        mend = "set gradient_checkpointing or rollout.release, lower rollout.memory_fraction or the longest row, or use more ranks under ZeRO-3"
+        if train.micro_batch_tokens:
+            key, value, least = "train.micro_batch_tokens", int(train.micro_batch_tokens * 0.8) // ROUND * ROUND, ROUND
+            if largest_forward(config, longest) > train.micro_batch_tokens:
+                value = 0  # a row has a forward of its own already
+    if value < least:
+        raise ValueError(f"out of memory in phase {phase!r}, and {key} cannot be smaller: {mend}")
+    return key, value
+
+
+def with_value(config: Config, key: str, value: int) -> Config:
+    section, name = key.split(".")
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+
+
+def read_budget(config: Config) -> Config:
+    """The recipe with what earlier starts of this run folder have agreed on, where that is smaller."""
+    file = config.run_dir / BUDGET
+    given: dict[str, int] = json.loads(file.read_text()) if file.is_file() else {}
+    for key, value in given.items():
+        section, name = key.split(".")
+        if value < (getattr(getattr(config, section), name) or 0):  # a recipe that budgets otherwise now is left alone
+            config = with_value(config, key, value)
+    return config
+
+
+def write_budget(run_dir: Path, rank: int, key: str, value: int) -> None:
+    """Several ranks may write, the same."""
+    file, own = run_dir / BUDGET, run_dir / f".{BUDGET}-{rank}"
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    own.write_text(json.dumps({**kept, key: value}) + "\n")
+    os.replace(own, file)

@@ -1,0 +1,73 @@
+"""The probe before the first step: ranks agree on a budget, and training knows nothing of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.batching import pack
+from rlhf.config import Config
+from rlhf.distributed import World
+from rlhf.models.forward import inputs_of
+from rlhf.models.scoring_head import logprobs_of
+from rlhf.trainers.probe import fit_budget, fits
+from rlhf.trainers.rl import probes
+from rlhf.trainers.run import Best, start_run
+from tests.distributed.steps import experience_of, open_models, update, weights
+from tests.helpers import make_rollout, make_scores, rl_config, run_ranks, tiny_tokenizer
+
+
+def _agree(world: World, models: str, fails: dict[int, int], key: dict[str, int]) -> tuple[Any, list[int], Any]:
+    """(the budget, what was tried, budget.json) where rank r runs out of memory above fails[r]."""
+    folder = Path(world.broadcast_object(tempfile.mkdtemp()))
+    config = rl_config(Path(models), train=key).model_copy(update={"run_dir": folder})
+    run = start_run(config, world, tiny_tokenizer(), "never", 1, Best("", "max"), ExitStack())
+    run.expect(64)
+    tried: list[int] = []
+
+    def loss(module: Any, lengths: list[int], config: Config) -> Tensor:
+        tried.append(sum(lengths))
+        if sum(lengths) > fails.get(world.rank, 10**9):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything")
+        ids = torch.zeros(1, 8, dtype=torch.int64)
+        return logprobs_of(module, inputs_of(ids, pack([8])), torch.arange(7), ids[:, 1:], 1.0)[0].sum()
+
+    fit_budget(run, {"actor": loss})
+    world.barrier()
+    file = folder / "budget.json"
+    return run.config.train, tried, json.loads(file.read_text()) if file.is_file() else None
+
+
+def test_all_ranks_agree(models: Path) -> None:
+    for train, tried, written in run_ranks(_agree, 2, str(models), {1: 1100}, {"micro_batch_tokens": 2048}):
+        assert train.micro_batch_tokens == 1024 and tried == [2048, 1536, 1024] and written == {"train.micro_batch_tokens": 1024}
+    for train, tried, written in run_ranks(_agree, 2, str(models), {0: 200}, {"micro_batch": 8}):
+        assert train.micro_batch == 2 and tried == [512, 256, 128] and written == {"train.micro_batch": 2}
+    for train, _, written in run_ranks(_agree, 2, str(models), {}, {"micro_batch": 8}):
+        assert train.micro_batch == 8 and written is None
+    with pytest.raises(AssertionError, match="ValueError: out of memory in phase 'update_actor', and"):
+        run_ranks(_agree, 2, str(models), {0: 10}, {"micro_batch": 8})
+
+
+def _update(world: World, models: str, probe: bool) -> Any:
+    """Weights after an update, with the probe before it or without."""
+    losses, run = open_models(rl_config(Path(models), 3 if world.size > 1 else 0, train={"micro_batch": 4}), world)
+    if probe:
+        run.expect(40)
+        assert fits(run, "actor", probes(losses)["actor"]) and fits(run, "critic", probes(losses)["critic"])
+    rollout = make_rollout([3, 4], [5, 2], 6)
+    update(losses, run, experience_of(losses, run, rollout, make_scores([1.0, -1.0])))
+    return [weights(engine) for engine in losses.engines.values()]
+
+
+def test_training_is_the_same_bits_with_the_probe(models: Path) -> None:
+    with_probe, without = run_ranks(_update, 2, str(models), True)[0], run_ranks(_update, 2, str(models), False)[0]
+    for a, b in zip(with_probe, without, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)

@@ -1,0 +1,291 @@
+"""The memory plan against what autograd keeps, and the budget. On CPU the custom functions of `rlhf.ops.fused` run themselves; only the launches of
+their kernels do nothing, since what is kept does not depend on values. A stand-in keeps for packed attention what the flash kernel keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from rlhf import memory
+from rlhf.batching import pack
+from rlhf.config import Config, LoraConfig
+from rlhf.memory import (
+    GIB,
+    MemoryMeter,
+    Plan,
+    blank_model,
+    largest_forward,
+    norm_per_token,
+    plan_memory,
+    read_budget,
+    saved_per_token,
+    smaller,
+    write_budget,
+)
+from rlhf.metrics.flops import model_shape
+from rlhf.models import packing
+from rlhf.models.forward import inputs_of
+from rlhf.models.fused import fuse
+from rlhf.models.heads import ScalarModel
+from rlhf.models.loading import read_architecture
+from rlhf.models.lora import add_adapters
+from rlhf.models.packing import pack_attention
+from rlhf.models.scoring_head import fuse_head, logprobs_of
+from rlhf.ops import fused
+from rlhf.preflight import roles
+from rlhf.trainers.probe import stand_in, worst_rows
+from tests.helpers import rl_config
+
+_SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 8}
+_SIZES |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_SIZES, head_dim=16),
+    "qwen2": Qwen2Config(**_SIZES, head_dim=16),
+    "qwen3": Qwen3Config(**_SIZES, head_dim=32),
+    "mistral": MistralConfig(**_SIZES, sliding_window=None, head_dim=16),
+}
+LENGTHS = [60, 40, 70]
+
+
+class _Launched:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda *arguments, **options: None
+
+
+class _Flash(torch.autograd.Function):
+    """Keeps what variable-length flash attention keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q.contiguous(), k.contiguous(), v.contiguous(), out, torch.zeros(q.shape[:2]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:3])
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in bfloat16."""
+    for name in ("_add_norm", "_head_norm", "_silu_mul", "_rotate_heads"):
+        monkeypatch.setattr(fused, name, _Launched())
+    monkeypatch.setattr(fused, "_in_kernels", lambda *tensors: True)
+    monkeypatch.setattr(fused, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()))
+
+
+def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: bool) -> int:
+    """Bytes that a forward keeps for its backward pass, each storage once, parameters left out."""
+    rows, width = len(LENGTHS), max(LENGTHS)
+    tokens, size = sum(LENGTHS) if packed else rows * width, next(module.parameters()).element_size()
+    angles = 2 * tokens * module.config.head_dim * size  # what is computed again holds them besides
+    ids = torch.zeros(rows, width, dtype=torch.int64)
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    found: dict[int, int] = {}
+    held: list[Tensor] = []  # or an address might be given to another
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if scalar:
+            inputs = inputs_of(ids, pack(LENGTHS) if packed else None)
+            inputs.pop("use_cache")
+            result = module(**inputs).sum()
+        elif packed:
+            inputs = inputs_of(ids, pack(LENGTHS))
+            keep_ = torch.arange(1, sum(LENGTHS)) - 1
+            result = logprobs_of(module, inputs, keep_, inputs["input_ids"][:, 1:], 1.0)[0].sum()
+        else:
+            result = logprobs_of(module, inputs_of(ids, None), torch.arange(width - 1), ids[:, 1:], 1.0)[0].sum()
+    assert result.requires_grad
+    return sum(found.values()) + checkpointing * angles
+
+
+def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool) -> torch.nn.Module:
+    architecture = FAMILIES[family]
+    make: Any = AutoModel if scalar else AutoModelForCausalLM
+    module: Any = make.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+    if scalar:
+        module = ScalarModel(module, 128)
+    fuse(module)
+    if packed:
+        pack_attention(module)
+    plain = module
+    if lora:
+        module = add_adapters(module, LoraConfig(r=8), 0).to(dtype)
+    fuse_head(plain)
+    if checkpointing:
+        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return module.train()
+
+
+def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool, in_kernels: bool) -> float:
+    """Through `held_by`'s formulas, on this test's tokens."""
+    shape, names = model_shape(FAMILIES[family]), ("q", "k", "v", "o", "gate", "up", "down")
+    adapted = [f"{n}_proj" for n in names] if lora else None
+    size = dtype.itemsize
+    layer = sum(saved_per_token(shape, size, in_kernels, family == "qwen3", adapted, 8 if lora else 0).values())
+    norm = norm_per_token(shape.hidden, 1, size, in_kernels, trains=not lora)
+    tokens = sum(LENGTHS) if packed else len(LENGTHS) * max(LENGTHS)
+    scored = tokens - 1 if packed else tokens - len(LENGTHS)
+    return memory.Forward(shape, size, tokens, scored, 1 if scalar else 300, layer, norm, checkpointing, head_trains=not lora).kept()
+
+
+VARIANTS = [
+    (packed, lora, checkpointing, scalar)
+    for packed in (True, False)
+    for lora, checkpointing, scalar in ((False, False, False), (True, False, False), (False, True, False), (False, False, True), (True, True, True))
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("packed", "lora", "checkpointing", "scalar"), VARIANTS)
+def test_activations_in_kernels(
+    family: str, packed: bool, lora: bool, checkpointing: bool, scalar: bool, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
+    found = kept_bytes(built(family, torch.bfloat16, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
+    assert predicted(family, torch.bfloat16, packed, lora, checkpointing, scalar, True) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("packed", "lora", "checkpointing", "scalar"), VARIANTS)
+def test_activations_in_plain_torch(
+    family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
+    found = kept_bytes(built(family, dtype, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
+    assert predicted(family, dtype, packed, lora, checkpointing, scalar, False) == pytest.approx(found, rel=0.05)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@pytest.fixture
+def recipe(models: Path, tmp_path: Path) -> Any:
+    def make(stage: int = 3, **sections: Any) -> Config:
+        bf16 = {"dtype": "bfloat16"}
+        trained = {"actor": bf16, "critic": bf16, "reference": bf16, "algorithm": {"kl": {"coef": 0.1}}}
+        merged = {name: {**trained.get(name, {}), **sections.get(name, {})} for name in {*trained, *sections}}
+        return rl_config(models, stage, sgd=False, **merged).model_copy(update={"run_dir": tmp_path})
+
+    return make
+
+
+def planned(config: Config, ranks: int = 2) -> Plan:
+    return plan_memory(config, roles(config), ranks)
+
+
+def test_phases_and_shares(recipe: Any) -> None:
+    plan = planned(recipe())
+    assert list(plan.phases) == ["gen", "ref", "values", "update_actor", "update_critic"]
+    parameters = 50 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 32  # llama, tied
+    update = plan.phases["update_actor"]
+    assert update["actor: weights"] == 2 * parameters / 2 and update["actor: moments"] == 8 * parameters / 2
+    assert update["rollout: weights"] == 2 * parameters  # a whole copy
+    assert "actor: activations" not in plan.phases["gen"] and "rollout: prefill and logits" not in update
+
+    two = planned(recipe(2)).phases["update_actor"]
+    assert two["actor: weights"] == 2 * parameters and two["actor: gradients"] == 4 * parameters / 2 and "rollout: weights" not in two
+    one = planned(recipe(1)).phases["update_actor"]
+    assert one["actor: gradients"] == 4 * parameters and one["actor: master weights"] == 4 * parameters / 2
+
+    lora = planned(recipe(2, actor={"lora": {"r": 4}}))
+    assert lora.phases["update_actor"]["actor: moments"] < two["actor: moments"] / 2
+    assert lora.phases["ref"]["actor: forward"] and "reference: weights" not in lora.phases["ref"]
+    shared = planned(recipe(2, actor={"lora": {"r": 4}}, critic={"share_base": True})).phases["update_critic"]
+    assert shared["critic: weights"] == shared["critic: moments"] / 2  # adapters and head alone
+    released = planned(recipe(rollout={"release": True}))
+    assert "rollout: KV cache" in released.phases["gen"] and "rollout: KV cache" not in released.phases["update_actor"]
+    assert any(line.split()[:1] == ["sum"] for line in plan.table())
+
+
+def test_budget_of_tokens_and_rows(recipe: Any) -> None:
+    tokens, rows = recipe(train={"micro_batch_tokens": 4096}), recipe(train={"micro_batch": 4})
+    assert (largest_forward(tokens, 768), largest_forward(rows, 768)) == (4096, 3072)
+    activations = [planned(c).phases["update_actor"]["actor: activations"] for c in (tokens, rows)]
+    assert activations[0] == pytest.approx(activations[1] * 4096 / 3072)
+    assert sum(worst_rows(tokens, 768)) == 4096 and worst_rows(rows, 768) == [768] * 4
+    assert largest_forward(tokens, 5000) == 5000  # a longer row has a forward of its own
+
+
+def test_nothing_is_measured_on_cpu() -> None:
+    meter = MemoryMeter(on_gpu=False)
+    meter.begin()
+    meter.end("gen")
+    assert meter.compare(Plan({"gen": {"CUDA": 1.0}})) == ({}, [])
+
+
+def test_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = MemoryMeter(on_gpu=True)
+    meter.peaks = {"gen": 1.05 * GIB, "ref": 2.0 * GIB, "reward": 1.0}
+    metrics, remarks = meter.compare(Plan({"gen": {"all": GIB}, "ref": {"all": GIB}}))
+    assert metrics["memory/ref_gb"] == 2 * GIB / 1e9 and metrics["memory/gen_planned_gb"] == GIB / 1e9 and len(metrics) == 4
+    assert remarks == ["memory, GiB measured of planned: ref 2.0 of 1.0"]
+    assert meter.compare(Plan()) == ({}, [])  # once
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# The budget
+
+
+def test_smaller(recipe: Any) -> None:
+    tokens, rows = recipe(train={"micro_batch_tokens": 4096}), recipe(train={"micro_batch": 5})
+    assert smaller(tokens, "update_actor", 100) == ("train.micro_batch_tokens", 3072)
+    assert smaller(rows, "values", 100) == ("train.micro_batch", 2)
+    assert smaller(rows, "gen", 100) == ("rollout.max_batch", 64)
+    for config, phase, longest in ((recipe(train={"micro_batch": 1}), "ref", 9), (tokens, "ref", 4097), (rows, "set-up", 9)):
+        with pytest.raises(ValueError, match="out of memory"):
+            smaller(config, phase, longest)
+    with pytest.raises(ValueError, match="cannot be smaller"):
+        smaller(recipe(train={"micro_batch_tokens": 256}), "ref", 9)
+
+
+def test_budget_is_kept(recipe: Any) -> None:
+    config = recipe(train={"micro_batch_tokens": 4096})
+    assert read_budget(config) is config
+    write_budget(config.run_dir, 0, "train.micro_batch_tokens", 1024)
+    write_budget(config.run_dir, 1, "rollout.max_batch", 7)
+    found = read_budget(config)
+    assert (found.train.micro_batch_tokens, found.rollout.max_batch) == (1024, 7)
+    assert read_budget(recipe(train={"micro_batch_tokens": 512})).train.micro_batch_tokens == 512  # never more than the recipe says
+    assert read_budget(recipe(train={"micro_batch": 3})).train.micro_batch_tokens is None
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# The probe
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize("name", ["actor", "critic"])
+def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, recipe: Any) -> None:
+    """And nothing random is drawn for it."""
+    role = dict(roles(recipe(2, actor={"lora": lora}, critic={"lora": lora})))[name]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    made = stand_in(role, name, True, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(before, torch.get_rng_state())
+    whole = blank_model(role, read_architecture(role, name), name == "critic", torch.bfloat16).to_empty(device="cpu").train()
+    assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in whole.parameters())
+    fuse(whole)
+    pack_attention(whole)
+    fuse_head(whole.get_base_model() if lora else whole)
+    # Its parameters are fewer, so what only they keep is found by the same means in both.
+    found = [kept_bytes(module, True, name == "critic", False) for module in (made, whole)]
+    assert found[0] == found[1]
