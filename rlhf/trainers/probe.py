@@ -27,15 +27,18 @@ Loss = Callable[[nn.Module, list[int], Config], Tensor]  # of a forward over row
 
 
 def fit_budget(run: Run, losses: Mapping[str, Loss]) -> None:
-    """Try the update of each trained role (`losses` by its name); `run.config` then has the budget that all ranks have room for.
-
-    Raises ValueError where it cannot get smaller. (collective)"""
+    """Try the update of each trained role (`losses` by its name); `run.config` then has the budget that all ranks have room for, or the smallest:
+    what the plan expects may be too much, and whether it was shows in the first step. (collective)"""
     while True:
         failed = next((f"update_{name}" for name, loss in losses.items() if not fits(run, name, loss)), None)
         found = [phase for phase in run.world.gather_objects(failed) if phase]  # (collective)
         if not found:
             return
-        key, value = smaller(run.config, found[0], run.longest)
+        try:
+            key, value = smaller(run.config, found[0], run.longest)
+        except ValueError as error:
+            run.console.message(f"the plan of the memory leaves no room for {found[0]}: {error}")
+            return
         run.config = with_value(run.config, key, value)
         if run.world.is_main:
             write_budget(run.config.run_dir, 0, key, value)
@@ -50,6 +53,9 @@ def fits(run: Run, name: str, loss: Loss) -> bool:
         done = True
     except torch.OutOfMemoryError:
         done = False
+    except Exception as error:  # a stand-in that cannot be made says nothing about memory, and is no reason not to train
+        run.console.message(f"{name}: memory was not tried before the first step: {error}")
+        done = True
     gc.collect()  # outside of the handler: the error holds the frames, and with them the tensors
     if run.on_gpu:
         torch.cuda.empty_cache()

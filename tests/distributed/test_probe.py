@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -52,8 +51,29 @@ def test_all_ranks_agree(models: Path) -> None:
         assert train.micro_batch == 2 and tried == [512, 256, 128] and written == {"train.micro_batch": 2}
     for train, _, written in run_ranks(_agree, 2, str(models), {}, {"micro_batch": 8}):
         assert train.micro_batch == 8 and written is None
-    with pytest.raises(AssertionError, match="ValueError: out of memory in phase 'update_actor', and"):
-        run_ranks(_agree, 2, str(models), {0: 10}, {"micro_batch": 8})
+    for train, tried, _ in run_ranks(_agree, 2, str(models), {0: 10}, {"micro_batch": 8}):  # nothing smaller is left: on it goes
+        assert train.micro_batch == 1 and tried == [512, 256, 128, 64]
+
+
+def _broken(world: World, models: str) -> bool:
+    run = start_run(
+        rl_config(Path(models)).model_copy(update={"run_dir": Path(tempfile.mkdtemp())}),
+        world,
+        tiny_tokenizer(),
+        "never",
+        1,
+        Best("", "max"),
+        ExitStack(),
+    )
+
+    def loss(*_: Any) -> Tensor:
+        raise TypeError("an architecture like no other")
+
+    return fits(run, "actor", loss)
+
+
+def test_a_stand_in_that_cannot_be_made_stops_nobody(models: Path) -> None:
+    assert run_ranks(_broken, 1, str(models)) == [True]
 
 
 def _update(world: World, models: str, probe: bool) -> Any:
