@@ -38,8 +38,10 @@ from rlhf.models.scoring_head import fuse_head
 from rlhf.ops.kl import KLController, kl_loss
 from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
+from rlhf.preflight import roles
 from rlhf.rewards import FunctionReward, RewardModel, Rewards
 from rlhf.rollout import EngineSettings, HybridEngine
+from rlhf.rollout.decoder import is_lean
 from rlhf.trainers.probe import Loss, fit_budget
 from rlhf.trainers.run import Best, Run, check_same_data, device_peak_flops, start_run
 from rlhf.trainers.validation import Validator, share_out, write_training_samples
@@ -55,6 +57,7 @@ class Models:
     reference: Callable[..., Any] | None
     rewards: Rewards
     hybrid_engine: HybridEngine
+    together: int = 1  # `scored_together`
 
     @property
     def engines(self) -> dict[str, TrainEngine]:
@@ -185,6 +188,9 @@ def build_models(run: Run, max_context: int = 0) -> Models:
             world.beat,
             trust_remote_code=config.actor.trust_remote_code,
         ),
+        together=scored_together(
+            config, all(is_lean(read_architecture(role, name)) for name, role in roles(config) if name in ("actor", "reference"))
+        ),
     )
 
 
@@ -310,7 +316,7 @@ def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool
         ref_logprobs=timed("ref", lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
         values=timed("values", lambda batch: response_values(critic.score, batch)) if critic else None,
         packing=config.train.packing,
-        together=scored_together(config, models.hybrid_engine.lean),
+        together=models.together,
     )
 
 
@@ -362,16 +368,20 @@ def learn(
     models: Models, config: Config, timer: PhaseTimer, rollout: Rollout, scores: Scores, step: int, kl_coef: float, world: World
 ) -> tuple[Experience, UpdateMetrics]:
     """What follows a rollout and its scores: the scoring forwards, advantages, and every optimizer step of actor and critic. (collective)"""
-    algorithm = config.algorithm
-    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    epochs = [plan_epoch(config, step, epoch, lengths, world) for epoch in range(algorithm.epochs)]
-    first_epoch = [micro_batch for minibatch in epochs[0] for micro_batch in minibatch.plan]
+    first_epoch = [micro_batch for minibatch in plan_epoch(config, step, 0, rollout, world) for micro_batch in minibatch.plan]
     scorers = passes(models, config, timer, needs_old_logprobs(config, step))
-    experience = make_experience(rollout, scores, scorers, first_epoch, algorithm, kl_coef, world)  # (collective)
+    experience = make_experience(rollout, scores, scorers, first_epoch, config.algorithm, kl_coef, world)  # (collective)
+    return experience, update_models(models, config, timer, experience, step, kl_coef, world)  # (collective)
 
+
+def update_models(
+    models: Models, config: Config, timer: PhaseTimer, experience: Experience, step: int, kl_coef: float, world: World
+) -> UpdateMetrics:  # fmt: skip
+    """Every optimizer step on an experience, which has old logprobs afterwards if it had none. (collective)"""
+    algorithm, rollout = config.algorithm, experience.rollout
     update = UpdateMetrics(world)
     seen: list[tuple[MicroBatchPlan, Tensor]] = []  # logprobs of the update's own forwards
-    for minibatch in (m for epoch in epochs for m in epoch):
+    for minibatch in (m for epoch in range(algorithm.epochs) for m in plan_epoch(config, step, epoch, rollout, world)):
         counts = denominators(experience, minibatch.rows, config)
         if counts["tokens"] == 0:  # the same on every rank: nothing to learn here, and no stale gradient either (trap 22)
             update.skipped += 1
@@ -396,7 +406,7 @@ def learn(
                 update.stepped("critic", models.critic.step())  # (collective)
     if experience.old_logprobs is None:
         experience.old_logprobs = gather_results(seen, len(rollout), experience.mask.shape[1], world)  # (collective)
-    return experience, update
+    return update
 
 
 @dataclass(frozen=True)
@@ -405,8 +415,9 @@ class Minibatch:
     plan: list[MicroBatchPlan]  # this rank's
 
 
-def plan_epoch(config: Config, step: int, epoch: int, lengths: list[int], world: World) -> list[Minibatch]:
+def plan_epoch(config: Config, step: int, epoch: int, rollout: Rollout, world: World) -> list[Minibatch]:
     """The minibatches of one pass over the rollout batch; which rows meet does not depend on the number of ranks."""
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
     parts = split_minibatches(len(lengths), config.algorithm.minibatches, seed=(config.seed, step, epoch))
     train = config.train
     return [Minibatch(rows, plan_micro_batches(rows, lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)) for rows in parts]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,17 +13,7 @@ from rlhf.distributed import World
 from rlhf.engine import TrainEngine
 from rlhf.experience import make_experience
 from rlhf.models.lora import weight_layout
-from rlhf.trainers.rl import (
-    Models,
-    build_models,
-    critic_loss,
-    denominators,
-    micro_batch_of,
-    needs_old_logprobs,
-    passes,
-    plan_epoch,
-    policy_loss,
-)
+from rlhf.trainers.rl import Models, UpdateMetrics, build_models, needs_old_logprobs, passes, plan_epoch, update_models
 from rlhf.trainers.run import Best, Run, start_run
 from rlhf.types import Experience, Rollout, Scores
 from tests.helpers import tiny_tokenizer
@@ -43,28 +32,13 @@ def weights(engine: TrainEngine) -> dict[str, Tensor]:
 def experience_of(models: Models, run: Run, rollout: Rollout, scores: Scores, step: int = 1, old_logprobs: bool | None = None) -> Experience:
     """old_logprobs: with a pass for them or without; None = as the loop decides."""
     config, world = run.config, run.world
-    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    plan = [part for minibatch in plan_epoch(config, step, 0, lengths, world) for part in minibatch.plan]
+    plan = [part for minibatch in plan_epoch(config, step, 0, rollout, world) for part in minibatch.plan]
     needed = needs_old_logprobs(config, step) if old_logprobs is None else old_logprobs
     return make_experience(rollout, scores, passes(models, config, run.timer, needed), plan, config.algorithm, config.algorithm.kl.coef, world)
 
 
-def update(models: Models, run: Run, experience: Experience, step: int = 1, actor: bool = True) -> dict[str, list[Any]]:
-    """As the loop of `train_rl` does it: StepResults of both models, and the logprobs of the actor's forwards."""
-    config, world, algorithm = run.config, run.world, run.config.algorithm
-    lengths = (experience.rollout.prompt_lengths + experience.rollout.response_lengths).tolist()
-    results: dict[str, list[Any]] = {"actor": [], "critic": [], "logprobs": []}
-    for minibatch in (m for epoch in range(algorithm.epochs) for m in plan_epoch(config, step, epoch, lengths, world)):
-        counts = denominators(experience, minibatch.rows, config)
-        if actor:
-            for part in minibatch.plan:
-                loss = policy_loss(models.actor, micro_batch_of(experience, part, config.train.packing), config, algorithm.kl.coef)
-                models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])
-                results["logprobs"].append((part, loss.logprobs))
-            results["actor"].append(models.actor.step())
-        if models.critic is not None:
-            for part in minibatch.plan:
-                loss = critic_loss(models.critic, micro_batch_of(experience, part, config.train.packing), algorithm)
-                models.critic.backward(loss.loss_sum, counts["tokens"])
-            results["critic"].append(models.critic.step())
-    return results
+def update(models: Models, run: Run, experience: Experience, step: int = 1, actor: bool = True) -> UpdateMetrics:
+    """The update of `train_rl` itself; actor: False = as in a step in which only the critic learns."""
+    algorithm = run.config.algorithm.model_copy(update={} if actor else {"critic_warmup_steps": step})
+    config = run.config.model_copy(update={"algorithm": algorithm})
+    return update_models(models, config, run.timer, experience, step, algorithm.kl.coef, run.world)

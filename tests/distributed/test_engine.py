@@ -197,7 +197,7 @@ def step_zero(world: World, models: Path, actor: str, train_rows: int) -> dict[s
     experience = experience_of(held, run, ROLLOUT, SCORES)
     lengths = (ROLLOUT.prompt_lengths + ROLLOUT.response_lengths).tolist()
     if train_rows == 2:
-        plan = plan_epoch(config, 1, 0, lengths, world)[0].plan
+        plan = plan_epoch(config, 1, 0, ROLLOUT, world)[0].plan
     else:
         plan = plan_micro_batches(range(7), lengths, train_rows, world.size, world.rank)
     sums: dict[str, float] = {"off": 0.0}

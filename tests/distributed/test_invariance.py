@@ -21,7 +21,6 @@ import rlhf.ops.head as head_module
 import rlhf.trainers.rl as rl_module
 import rlhf.trainers.run as run_module
 from rlhf.distributed import World
-from rlhf.experience import gather_results
 from rlhf.trainers.rl import describe_experience
 from rlhf.types import Rollout, Scores
 from tests.distributed.steps import experience_of, open_models, update, weights
@@ -259,9 +258,8 @@ def with_and_without_pass(world: World, models: Path, algorithm: str) -> list[di
         held, run = open_models(config, world)
         experience = experience_of(held, run, *data(), old_logprobs=old_logprobs)
         assert (experience.old_logprobs is None) == (old_logprobs is None)
-        seen = update(held, run, experience)["logprobs"]
-        if experience.old_logprobs is None:
-            experience.old_logprobs = gather_results(seen, len(experience.rollout), 12, world)
+        update(held, run, experience)
+        assert experience.old_logprobs is not None
         known = torch.where(experience.rollout.response_mask, experience.old_logprobs, 0.0)
         results.append(weights(held.actor) | {"old": known, "kl": torch.tensor(describe_experience(experience, 0.1).get("actor/kl", 0.0))})
     return results
@@ -300,14 +298,15 @@ class _GatedDown(torch.autograd.Function):
         return d_gate, d_up, d_out.flatten(0, -2).t() @ inner.detach().flatten(0, -2)
 
 
-def step_with_gated_down(world: World, models: Path) -> tuple[dict[str, dict[str, Tensor]], int]:
+def step_with_gated_down(world: World, models: Path, checkpointing: bool) -> tuple[dict[str, dict[str, Tensor]], int]:
     fused_module.gated_down = _GatedDown.apply  # type: ignore[assignment]
-    return step_on_ranks(world, models, "ppo", 3, 3, 1, "packed"), _GatedDown.calls
+    return step_on_ranks(world, models, "ppo", 3, 3, 1, "packed", checkpointing=checkpointing), _GatedDown.calls
 
 
-def test_weights_of_a_layer_are_there_for_all_its_products_under_zero_3(models: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_of_a_layer_are_there_for_all_its_products_under_zero_3(models: Path, checkpointing: bool) -> None:
     expected = whole(models, "ppo", 1)
-    for found, calls in run_ranks(step_with_gated_down, 2, models):
+    for found, calls in run_ranks(step_with_gated_down, 2, models, checkpointing):
         assert calls >= 2
         for name, delta in expected.items():
             assert relative(found[name], delta) < 1e-5, name
