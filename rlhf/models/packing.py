@@ -22,7 +22,8 @@ from rlhf.types import Packed
 # No mask function is registered under this name on purpose: transformers' mask creation then returns None at once.
 NAME = "rlhf_packed"
 
-_KNOWN = {"position_ids", "cache_position", "use_cache", "packed"}  # options of the attention call that say nothing new
+# Options of the attention call that say nothing new. Any other that is set (softcap, s_aux, position_bias, ...) is refused.
+_KNOWN = {"position_ids", "cache_position", "use_cache", "packed"}
 
 if torch.cuda.is_available():
     from torch.nn.attention.varlen import varlen_attn
@@ -45,6 +46,18 @@ def announce(packed: Packed) -> None:
     _latest.packed = packed
 
 
+def objection(module: nn.Module, attention_mask: Tensor | None, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> str | None:
+    """What a call of transformers' attention interface asks for beyond causal attention inside each sequence."""
+    if attention_mask is not None:
+        return "its attention wants a mask or bias of its own"
+    if dropout:
+        return "attention dropout"
+    if is_causal is False or not getattr(module, "is_causal", True):
+        return "attention that is not causal"
+    asked = (name for name, option in options.items() if option is not None and option is not False and name not in _KNOWN)
+    return next((f"attention with {name}" for name in asked), None)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -64,13 +77,8 @@ def packed_attention(
         raise ValueError("a model for packed rows was called without a packing")
     if query.shape[0] != 1 or query.shape[2] != len(packed.positions):
         raise ValueError(f"a model for packed rows was called with {tuple(query.shape[::2])} tokens; the packing has {len(packed.positions)}")
-    if attention_mask is not None:
-        raise ValueError("its attention wants a mask or bias of its own")
-    if is_causal is False or not getattr(module, "is_causal", True):
-        raise ValueError("its attention is not causal")
-    for name, option in options.items():
-        if option is not None and option is not False and name not in _KNOWN:
-            raise ValueError(f"attention with {name}")
+    if why := objection(module, attention_mask, dropout, is_causal, options):
+        raise ValueError(why)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [t, heads, D]
     if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:

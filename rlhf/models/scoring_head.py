@@ -64,8 +64,10 @@ def logprobs_of(
 ) -> tuple[Tensor, Tensor]:
     """(logprob, entropy) of `tokens` [b, k], float32, each scored by the logits at the positions `keep` [k] of the model's forward on `inputs`."""
     request = _latest.request = _Request(tokens, temperature, entropy_gradient)
-    out = forward(**inputs, logits_to_keep=keep).logits
-    _latest.request = None
+    try:
+        out = forward(**inputs, logits_to_keep=keep).logits
+    finally:
+        _latest.request = None
     if request.answered:
         logprobs, entropy = out.unbind(-1)
         return logprobs, entropy if entropy_gradient else entropy.detach()

@@ -19,15 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
-from rlhf.models.packing import obstacle
+from rlhf.models.packing import objection, obstacle
 from rlhf.rollout.paged import CacheShape, Step
 
 # No mask function is registered under this name on purpose: transformers' mask creation then returns None at once (masking_utils,
 # `_preprocess_mask_arguments`; the same in 5.17 and 5.23), so no forward builds a mask or looks at the positions on the host.
 NAME = "rlhf_paged"
-
-# Options of the attention call that say what the step knows already. Any other that is set (softcap, s_aux, position_bias, ...) is refused.
-_KNOWN = {"position_ids", "cache_position"}
 
 # Families whose fault no structural check below would see, or would put less plainly.
 _REFUSED = {
@@ -60,15 +57,8 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, HQ, n, D], key and value [1, HK, n, D] -> [1, n, HQ, D]."""
     decoder, step = _Active.decoder, _Active.step
-    if attention_mask is not None:
-        raise decoder.refusal("its attention wants a mask or bias of its own")
-    if dropout:
-        raise decoder.refusal("attention dropout")
-    if is_causal is False or not getattr(module, "is_causal", True):
-        raise decoder.refusal("attention that is not causal")
-    for name, option in options.items():
-        if option is not None and option is not False and name not in _KNOWN:
-            raise decoder.refusal(f"attention with {name}")
+    if why := objection(module, attention_mask, dropout, is_causal, options):
+        raise decoder.refusal(why)
     layer = decoder.layer_of(module)
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # the kernels want a token's heads side by side
     step.write(layer, k, v)
