@@ -35,9 +35,10 @@ class ExperiencePasses:
 
 
 def scored_together(config: Config, lean: bool) -> int:
-    """`ExperiencePasses.together` of a run; lean: the actor is of a family whose head answers in chunks, as logits of others exist as a whole."""
+    """`ExperiencePasses.together` of a run; lean: actor and reference are of families whose head answers in chunks; logits of others exist whole."""
     # With checkpointing the update's forwards may be as large as will fit.
-    return 4 if config.train.packing and lean and not config.actor.gradient_checkpointing else 1
+    checkpointing = config.actor.gradient_checkpointing or (config.algorithm.needs_critic and config.critic.gradient_checkpointing)
+    return 4 if config.train.packing and lean and not checkpointing else 1
 
 
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:

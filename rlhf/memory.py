@@ -296,7 +296,7 @@ def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks:
     after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache
 
     def score(name: str) -> dict[str, float]:
-        h, together = held[name], scored_together(config, lean)
+        h, together = held[name], scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held))
         f = h.forward
         wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.norm, chunked=f.chunked)
         return {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}

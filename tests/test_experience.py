@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.batching import MicroBatchPlan, plan_micro_batches
 from rlhf.config import AlgorithmConfig, Config, RewardConfig
-from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience, token_rewards, training_mask
+from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience, scored_together, token_rewards, training_mask
 from rlhf.models.forward import response_logprobs, response_values
 from rlhf.rewards import FunctionReward, Rewards
 from rlhf.trainers.rl import critic_loss, denominators, describe_experience, micro_batch_of, policy_loss
@@ -270,3 +270,17 @@ def test_a_component_that_is_only_measured_loses_no_sample() -> None:
     assert scores.valid.all()
     assert scores.total.tolist() == [0.5] * 4
     assert scores.components["third_is_lost"].isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("sections", "lean", "together"),
+    [
+        ({}, True, 4),
+        ({}, False, 1),
+        ({"train": {"packing": False}}, True, 1),
+        ({"actor": {"gradient_checkpointing": True}}, True, 1),
+        ({"critic": {"gradient_checkpointing": True}}, True, 1),
+    ],
+)
+def test_forwards_are_scored_together_only_where_there_is_room(models: Path, sections: dict[str, Any], lean: bool, together: int) -> None:
+    assert scored_together(rl_config(models, **sections), lean) == together
