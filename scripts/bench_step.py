@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, parse_config, role_settings
 from rlhf.distributed import World, init_world
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
-from rlhf.experience import gather_rollout
+from rlhf.experience import gather_rollout, scored_together
 from rlhf.metrics import PhaseTimer
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
@@ -71,7 +71,7 @@ def recipe(args: argparse.Namespace) -> Config:
         "run_dir": "unused",
         "deepspeed": f"ds_configs/zero{args.zero}.json",
         "actor": trained | ({"lora": {"r": args.lora, "target_modules": "all-linear"}} if args.lora else {}),
-        "critic": trained,
+        "critic": {"gradient_checkpointing": args.checkpointing},
         "reward": {"components": [{"function": "exact_match"}]},
         "data": {"train": [{"path": "none.jsonl"}]},
         "rollout": {"prompts": WORKLOADS[args.workload][0], "group_size": WORKLOADS[args.workload][1]},
@@ -133,7 +133,7 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
     sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
     rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
     rewards: Any = None  # drawn at random instead
-    return Models(actor, critic, reference, rewards, rollout)
+    return Models(actor, critic, reference, rewards, rollout, scored_together(config, lean=rollout.lean))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -292,8 +292,10 @@ def report(
         whole = len(lengths) / ranks * args.reward_ms / 1000 / args.workers  # seconds, if the workers never had to wait
         lines.append({"bench": "tail", "metric": "share", "value": seconds["reward"] / whole, "reward_ms": args.reward_ms, "workers": args.workers})
     if not args.only:
-        passes = factor + (0 if args.no_reference else 1)
-        bound = (rollout_bound(shape, [p.input_ids for p in prompts], lengths.tolist(), chip) + passes * flops / CHIPS[chip][1]) / ranks
+        work = (factor + (0 if args.no_reference else 1)) * flops
+        if args.algorithm == "ppo":  # the critic's values, and its update
+            work += 4 * scoring_flops(shape, lengths + before, 0 * lengths)
+        bound = (rollout_bound(shape, [p.input_ids for p in prompts], lengths.tolist(), chip) + work / CHIPS[chip][1]) / ranks
         share = bound / seconds["step"]
         lines.append({"bench": "step", "metric": "share_of_bound", "value": share, "bound": bound})
         lines.append({"bench": "step", "metric": "seconds", "value": seconds["step"]})

@@ -1,0 +1,42 @@
+"""scripts/bench_step.py runs every algorithm through the program's own functions; its figures mean nothing on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlhf.config import ROOT
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        (["--algorithm", "ppo", "--checkpointing", "--zero", "2"], {"gen", "ref", "values", "update_actor", "update_critic", "hand_over"}),
+        (["--lora", "4", "--no_reference", "--reward_ms", "1"], {"gen", "reward", "update_actor", "hand_over"}),
+    ],
+)
+def test_a_step_of_every_kind(options: list[str], phases: set[str]) -> None:
+    command = [
+        sys.executable,
+        "scripts/bench_step.py",
+        "--shape",
+        "tiny",
+        "--workload",
+        "tiny",
+        "--tokens",
+        "256",
+        "--max_batch",
+        "16",
+        "--steps",
+        "1",
+    ]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    spent = next(line for line in lines if line.get("bench") == "phases")
+    assert all(spent[phase] > 0 for phase in phases)
+    assert {name for name in ("ref", "values", "update_critic") if spent.get(name)} == phases & {"ref", "values", "update_critic"}
+    assert 0 < next(line["value"] for line in lines if line.get("bench") == "step" and line["metric"] == "seconds") < 60
