@@ -374,8 +374,8 @@ def _differing(parameter: nn.Parameter, whole: Tensor, world: World, turn: int) 
 
 
 def fetch_by_layer(module: nn.Module) -> None:
-    """ZeRO-3 gathers a decoder layer at once, instead of every norm and projection by hooks of its own: these cost 0.2 ms of the host each, more than
-    the products of a small model take on a GPU."""
+    """ZeRO-3 gathers a decoder layer at once, instead of every norm and projection by hooks of its own, which cost more of the host's time than the
+    products of a small model take on a GPU."""
     layers = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
     for part in module.modules():
         if type(part).__name__ in layers:
