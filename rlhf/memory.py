@@ -125,7 +125,7 @@ def blank_model(role: ModelConfig, architecture: PretrainedConfig, scalar: bool,
         if scalar:
             module = ScalarModel(module, architecture.get_text_config().hidden_size)
         if isinstance(role, TrainedModelConfig) and role.lora:
-            module = add_adapters(module, role.lora, seed).to(dtype)  # as DeepSpeed does
+            module = add_adapters(module, role.lora, seed)
     return module
 
 

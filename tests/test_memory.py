@@ -126,7 +126,7 @@ def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointi
         pack_attention(module)
     plain = module
     if lora:
-        module = add_adapters(module, LoraConfig(r=8), 0).to(dtype)
+        module = add_adapters(module, LoraConfig(r=8), 0)
     fuse_head(plain)
     if checkpointing:
         plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
