@@ -24,7 +24,9 @@ from tests.helpers import rl_config, run_ranks, write_jsonl
 def states_of(engine: TrainEngine) -> list[Tensor]:
     """Master weights and moments, flat."""
     zero = engine._engine.optimizer
-    masters = next(getattr(zero, n) for n in dir(zero) if n.endswith(("partitioned_groups_flat", "of_fp32_groups", "groups_flat_partition")) and "fp32" in n)
+    masters = next(
+        getattr(zero, n) for n in dir(zero) if n.endswith(("partitioned_groups_flat", "of_fp32_groups", "groups_flat_partition")) and "fp32" in n
+    )
     with engine._states_at_hand():
         return [t.detach().clone() for m in masters for t in (m, *(v for v in zero.optimizer.state[m].values() if isinstance(v, Tensor)))]
 
@@ -80,3 +82,113 @@ def test_offloaded_states_train_the_same_bits(models: Path, tmp_path: Path, case
             assert gone
             assert their_norms == norms[-len(their_norms) :]
             assert_same(found, expected)
+
+
+def adapters(world: World, models: Path, offloads: bool) -> Any:
+    return run(world, models, (2, "bfloat16", False), offloads, None, None, lora=True)
+
+
+def test_adapters_too(models: Path) -> None:
+    straight, offloaded = (run_ranks(adapters, 1, models, o)[0] for o in (False, True))
+    assert offloaded[2]
+    assert_same(offloaded[0], straight[0])
+
+
+# ---- the mechanism
+
+
+def test_parts_are_stepped_in_the_order_in_which_they_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group left out would be given the states of another: refused."""
+    monkeypatch.setattr(offload, "PART", 4)
+    masters = [torch.zeros(10, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.AdamW(masters)
+    OffloadedStates(optimizer, [(m, torch.zeros(10)) for m in masters], torch.device("cpu"))
+    masters[1].grad = torch.ones(10)
+    with pytest.raises(RuntimeError, match="another order"):
+        optimizer.step()
+
+
+def test_at_most_so_many_parts_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "PART", 4)
+    master = torch.zeros(40, requires_grad=True)
+    optimizer = torch.optim.AdamW([master])
+    states = OffloadedStates(optimizer, [(master, torch.zeros(40))], torch.device("cpu"))
+    for _ in range(2):
+        states.begin()
+        master.grad = torch.ones(40)
+        optimizer.step()
+        assert [sum(t.numel() for t in slot.tensors.values()) for slot in states._slots] == [3 * 4] * offload.SLOTS
+        master.grad = None
+        states.finish()
+        assert master.untyped_storage().nbytes() == 0 and master.numel() == 40
+
+
+# ---- what is frozen
+
+
+def scored(world: World, models: Path, stage: int, offloads: bool) -> tuple[list[Tensor], list[int]]:
+    """Logits of three phases, and the bytes that the weights' storages hold before, in and after each."""
+    resolved = settings(stage, world, trained=False)
+    from rlhf.config import ModelConfig
+
+    role = ModelConfig(path=models / "llama", dtype="float32", offload=offloads)
+    module = load_causal_lm(role, "reference", loading_context(resolved, world), world, torch.float32)
+    engine = FrozenEngine(module, resolved, world, role.offload)
+    held = [getattr(p, "ds_tensor", p.data) for p in module.parameters()]
+    found, sizes = [], []
+    for phase in range(3):
+        sizes.append(sum(t.untyped_storage().nbytes() for t in held))
+        if phase == 1:
+            engine.fetch()
+        found += [forward(engine).clone() for _ in range(2)]
+        sizes.append(sum(t.untyped_storage().nbytes() for t in held))
+        engine.release()
+    return found, sizes
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (3, 1), (0, 1)])
+def test_frozen_weights_are_there_in_their_phase_only(models: Path, stage: int, ranks: int) -> None:
+    plain, parked = (run_ranks(scored, ranks, models, stage, o) for o in (False, True))
+    for (expected, whole), (logits, sizes) in zip(plain, parked, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
+        assert whole == [whole[0]] * 6 and sizes == [0, whole[0]] * 3
+
+
+def test_tied_weights_are_parked_once() -> None:
+    module = nn.Linear(4, 4)
+    tied = Parked([module.weight, module.weight.view(-1), module.bias], torch.device("cpu"))
+    assert tied.nbytes == 80 and module.weight.untyped_storage().nbytes() == 0
+    tied.wait()
+    tied.wait()
+    assert module.weight.untyped_storage().nbytes() == 64
+
+
+# ---- the loop
+
+
+def whole_run(world: World, models: Path, folder: Path, offloads: bool) -> dict[str, bytes]:
+    data = write_jsonl(folder / f"prompts-{world.rank}.jsonl", [{"prompt": f"w{i} w5 w6", "answer": "w7"} for i in range(4, 10)])
+    key = {"offload": offloads}
+    config = rl_config(
+        models,
+        3,
+        sgd=False,
+        run_dir=folder / f"run-{offloads}",
+        actor={**key, "learning_rate": 0.01, "max_grad_norm": 0.1},
+        critic={**key, "learning_rate": 0.01, "max_grad_norm": 0.1},
+        reference={**key, "path": models / "reference"},
+        reward={"components": [{"model": {**key, "path": models / "scalar", "dtype": "float32"}}]},
+        algorithm={"kl": {"coef": 0.1}, "epochs": 2},
+        data={"train": [{"path": data}]},
+        rollout={"prompts": 4, "group_size": 2, "max_new_tokens": 6},
+        train={"steps": 2, "micro_batch": 3},
+    )
+    with ExitStack() as cleanup:
+        train_rl(config, world, "never", cleanup)
+    return {p.name: p.read_bytes() for p in (folder / f"run-{offloads}" / "checkpoints").rglob("*.safetensors")}
+
+
+def test_the_loop_computes_the_same_bits(models: Path, tmp_path: Path) -> None:
+    """PPO with all four models under ZeRO-3."""
+    plain, sent = (run_ranks(whole_run, 2, models, tmp_path, o)[0] for o in (False, True))
+    assert plain and sent == plain
