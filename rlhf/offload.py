@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_cuda: Any = torch.cuda
 PART = 1 << 25  # elements of a part: 400 MB of master weights and two moments, 8 ms of PCIe 5.0
-SLOTS = 4  # parts on the device at once
+SLOTS = 4  # parts on the device at once; more than AHEAD
 AHEAD = 2  # of them on their way in, beside the one that is stepped and the one on its way back
 
 
@@ -37,7 +38,7 @@ class HostMemory:
         block = torch.empty(count, dtype=dtype)
         if self._device.type == "cuda" and count:
             # Not pin_memory=True: torch's own allocator rounds every size up to a power of two.
-            code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+            code = int(_cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
             if code:
                 raise RuntimeError(
                     f"offload=true: {block.nbytes / 2**30:.1f} GiB of host memory cannot be page-locked (CUDA error {code}); "
@@ -51,7 +52,7 @@ def _unlock(blocks: list[Tensor]) -> None:
     if blocks:
         torch.cuda.synchronize()  # nothing may still be copied from or to them
     for block in blocks:
-        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+        _cuda.cudart().cudaHostUnregister(block.data_ptr())
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class Parked:
         return sum(host.nbytes for _, host in self._copies)
 
     def _bytes(self, storage: torch.UntypedStorage) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload, no-any-return]
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
     def fetch(self) -> None:
         """They set out for the device, beside whatever it computes."""
