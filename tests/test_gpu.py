@@ -141,7 +141,7 @@ def test_offloaded_states_are_gone_and_train_the_same_bits(world: World, monkeyp
     found = []
     for offloads in (False, True):
         before = torch.cuda.memory_allocated()
-        config = TrainedModelConfig(dtype="bfloat16", learning_rate=1e-2, weight_decay=0.1, offload=offloads)
+        config = TrainedModelConfig(dtype="bfloat16", learning_rate=1e-3, weight_decay=0.1, offload=offloads)
         block = deepspeed_block(3, sgd=False)
         settings = resolve_deepspeed(block, dtype="bfloat16", trained=True, micro_batch=1, world_size=1, max_grad_norm=0.5, on_gpu=True)
         module = loading_context(settings, world).construct(lambda: torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(8))))
@@ -152,7 +152,7 @@ def test_offloaded_states_are_gone_and_train_the_same_bits(world: World, monkeyp
         x = torch.randn(64, 1024, device=world.device, generator=generator).bfloat16()
         norms = []
         for _ in range(5):
-            engine.backward(engine(x).float().pow(2).sum(), 64.0)
+            engine.backward(engine(x).float().pow(2).sum(), 1.0)
             norms.append(engine.step().grad_norm)
         torch.cuda.synchronize()
         between = torch.cuda.memory_allocated() - before
