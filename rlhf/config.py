@@ -103,6 +103,11 @@ class ModelConfig(Section):
     attention: str = Field("sdpa", description="attn_implementation of transformers")
     trust_remote_code: bool = Field(False, description="run code that the model folder ships")
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON (path or mapping) for this role; default: the top-level one")
+    offload: bool = Field(
+        False,
+        description="in pinned host memory while unused (trained: master weights and moments, which pass over the GPU in parts when weights are "
+        "stepped, ZeRO 1-3; frozen: the weights, outside of their phase)",
+    )
 
 
 class TrainedModelConfig(ModelConfig):
@@ -767,7 +772,24 @@ def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu:
         _check_base(config, tree["zero_optimization"].get("stage", 0), dtype, role_dtype(config.actor, on_gpu))
     if trained and tree["zero_optimization"].get("stage", 0) == 0 and dtype == "bfloat16":
         raise ValueError("zero_optimization.stage=0 with bfloat16: DeepSpeed has no fp32 gradient accumulation there; use stage 1, or dtype=float32")
+    if role.offload:
+        _check_offload(tree, role)
     return tree
+
+
+def _check_offload(tree: dict[str, Any], role: ModelConfig) -> None:
+    """ValueError if `offload` has nothing to do here, or somebody else does it."""
+    zero = tree["zero_optimization"]
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            raise ValueError(f"offload=true: zero_optimization.{key} of the DeepSpeed JSON puts the same on the host; remove one of them")
+    if isinstance(role, TrainedModelConfig):
+        if zero.get("stage", 0) == 0:
+            raise ValueError("offload=true: ZeRO-0 has no flat master weights and moments to send away; use stage 1, 2 or 3, or offload=false")
+        if "optimizer" in tree:
+            raise ValueError("offload=true steps AdamW in parts, other optimizers may not allow that: remove `optimizer` from the DeepSpeed JSON")
+    elif shares_base(role):
+        raise ValueError("offload=true with share_base=true: the weights are the actor's, which needs them itself; remove one of them")
 
 
 def _own_optimizer(tree: dict[str, Any], role: TrainedModelConfig) -> None:

@@ -38,6 +38,7 @@ from rlhf.config import TrainedModelConfig
 from rlhf.distributed import World
 from rlhf.models.loading import Placement, weighted_bits
 from rlhf.models.lora import WeightSource, kept_whole
+from rlhf.offload import OffloadedStates, Parked
 from rlhf.rollout import HybridEngine
 
 logger = logging.getLogger(__name__)
@@ -386,9 +387,9 @@ def fetch_by_layer(module: nn.Module) -> None:
 
 
 class FrozenEngine:
-    """A model that only computes: partitioned under ZeRO-3, else whole on the device."""
+    """A model that only computes: partitioned under ZeRO-3, else whole on the device. offload: in host memory from `release` to the next call."""
 
-    def __init__(self, module: nn.Module, settings: dict[str, Any], world: World) -> None:
+    def __init__(self, module: nn.Module, settings: dict[str, Any], world: World, offload: bool = False) -> None:
         module.requires_grad_(False)
         module.eval()
         self.module = module
@@ -398,10 +399,24 @@ class FrozenEngine:
             engine, *_ = deepspeed.initialize(model=module, config=settings)
             engine.eval()
             self._forward = engine
+        weights = [getattr(p, "ds_tensor", p.data) for p in module.parameters()]
+        self._parked = Parked(weights, world.device) if offload else None
+
+    def fetch(self) -> None:
+        """Under offload the weights set out for the device, so that the next call need not wait for them."""
+        if self._parked:
+            self._parked.fetch()
+
+    def release(self) -> None:
+        """Under offload the weights leave the device, until they are needed again."""
+        if self._parked:
+            self._parked.release()
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """(collective under ZeRO-3)"""
+        if self._parked:
+            self._parked.wait()
         return self._forward(*args, **kwargs)
 
 
@@ -457,6 +472,22 @@ class TrainEngine:
         self._trainable = dict(trainable)
         if self.stage == 0:
             self._engine.optimizer.register_step_pre_hook(self._norm_at_stage_0)
+        self._offloaded = self._offload_states() if config.offload else None
+
+    def _offload_states(self) -> OffloadedStates:
+        """Where DeepSpeed 0.19.8 keeps flat master weights and the model's weights that are copied from them, group by group as it steps them."""
+        zero, rank = self._engine.optimizer, self.world.rank
+        if self.stage == 3:
+            masters, weights = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
+        elif hasattr(zero, "fp32_groups_flat_partition"):  # ZeRO-1 in bf16 has an optimizer of its own
+            masters, weights = zero.fp32_groups_flat_partition, [parts[rank] for parts in zero.bf16_partitioned_groups]
+        else:
+            masters, weights = zero.single_partition_of_fp32_groups, [parts[rank] for parts in zero.parallel_partitioned_bit16_groups]
+        return OffloadedStates(zero.optimizer, list(zip(masters, weights, strict=True)), self.world.device)
+
+    def _states_at_hand(self) -> contextlib.AbstractContextManager[None]:
+        """For checkpoints: DeepSpeed finds master weights and moments, wherever they lie."""
+        return self._offloaded.at_hand() if self._offloaded else contextlib.nullcontext()
 
     def _adamw(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), no decay on one-dimensional weights."""
@@ -507,7 +538,11 @@ class TrainEngine:
         rate = learning_rate_at(self.config, self.optimizer_steps, self.total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        if self._offloaded:
+            self._offloaded.begin()
         self._engine.step()
+        if self._offloaded:
+            self._offloaded.finish()
         self.optimizer_steps += 1
         self._window_open = False
         norm = self._norm0 if self.stage == 0 else self._engine.get_global_grad_norm()
@@ -545,13 +580,15 @@ class TrainEngine:
 
     def save(self, folder: Path) -> None:
         """Weights, optimizer and step counters under `folder`. (collective)"""
-        self._engine.save_checkpoint(
-            str(folder), tag="state", client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False, exclude_frozen_parameters=True
-        )
+        with self._states_at_hand():
+            self._engine.save_checkpoint(
+                str(folder), tag="state", client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False, exclude_frozen_parameters=True
+            )
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, with the same ranks and ZeRO stage. (collective)"""
-        path, client = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        with self._states_at_hand():
+            path, client = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
         self.optimizer_steps = int(client["optimizer_steps"])

@@ -26,6 +26,7 @@ from rlhf.models.fused import FAMILIES
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import add_adapters, kept_whole
+from rlhf.offload import PART, SLOTS
 from rlhf.ops.head import CHUNK_BYTES
 from rlhf.rollout import EngineSettings
 from rlhf.rollout.decoder import is_lean
@@ -134,6 +135,7 @@ class Held:
     """What one role keeps on a GPU from the start to the end, and how a forward of it is counted."""
 
     weights: float
+    visiting: float  # weights that are there in its phase only (`offload`)
     gathered: float  # while it computes: what ZeRO-3 has brought together
     gradients: float
     buckets: float  # gradients on their way, while it learns
@@ -142,6 +144,7 @@ class Held:
     early: bool  # its moments exist before the first step
     step: float  # beside all that while weights are stepped, when activations are gone
     plain: float  # the whole model without adapters
+    on_host: float  # pinned there (`offload`): weights, or master weights and moments
     forward: Forward
 
     @property
@@ -168,7 +171,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     most = max(p.numel() for p in parameters)
     gathered = min(whole, max(LIVE if trained else 0, most) + layer + PREFETCHED) if shares > 1 else 0
 
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    cpu_adam = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     given = settings.get("optimizer", {"type": "adamw"})
     bucket = min(int(zero.get("reduce_bucket_size", BUCKET)), sum(learns))
     copies = {0: 0, 1: size == 4, 2: 1 + bool(zero.get("overlap_comm")), 3: 1}[stage]  # of the bucket
@@ -178,16 +181,26 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     adapted = None if lora is None else [n for n, m in decoder_layers(module)[0].named_modules() if hasattr(m, "lora_A")]
     shape = model_shape(architecture)
     tokens = largest_forward(config, longest)
+    weights = size * ((whole - base - small) / shares + small)
+    visiting = weights - size * small if role.offload and not trained else 0.0
+    master = 0.0 if cpu_adam or stage == 0 or (stage == 3 and size == 4) else 4 * sharded
+    moments = 0.0 if cpu_adam or "adam" not in str(given["type"]).lower() else 8 * sharded
+    stepped = max(4 * sharded, size * bucket + 4 * bucket / ranks) if stage >= 2 and learns else 0.0
+    sent = master + moments if role.offload and trained else 0.0
+    if sent:
+        stepped += sent * min(1.0, SLOTS * PART / sharded)
     return Held(
-        weights=size * ((whole - base - small) / shares + small),
+        weights=weights - visiting,
+        visiting=visiting,
         gathered=size * gathered,
-        gradients=0.0 if offload and stage >= 2 else 4 * (sharded if stage >= 2 else float(sum(learns))),
+        gradients=0.0 if cpu_adam and stage >= 2 else 4 * (sharded if stage >= 2 else float(sum(learns))),
         buckets=size * (copies * bucket + max(learns, default=0)),
-        master=0.0 if offload or stage == 0 or (stage == 3 and size == 4) else 4 * sharded,
-        moments=0.0 if offload or "adam" not in str(given["type"]).lower() else 8 * sharded,
+        master=0.0 if sent else master,
+        moments=0.0 if sent else moments,
         early=stage == 3,
-        step=max(4 * sharded, size * bucket + 4 * bucket / ranks) if stage >= 2 and learns else 0.0,
+        step=stepped,
         plain=float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n)),
+        on_host=sent + visiting,
         forward=Forward(
             shape,
             size,
@@ -229,6 +242,7 @@ class Plan:
 
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     capacity: int | None = None  # of the device, where there is one
+    on_host: dict[str, float] = field(default_factory=dict)  # pinned by each rank, by role
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -252,6 +266,9 @@ class Plan:
         lines = [row("memory of one GPU, GiB", self.phases)]
         lines += [row(name, (f"{items[name] / GIB:.2f}" if name in items else "" for items in self.phases.values())) for name in names]
         lines.append(row("sum", (f"{self.total(phase) / GIB:.2f}" for phase in self.phases)))
+        if self.on_host:
+            items = ", ".join(f"{name} {value / GIB:.2f}" for name, value in self.on_host.items())
+            lines.append(f"  pinned host memory of each rank, GiB: {items}")
         return lines + ([f"  the device has {self.capacity / GIB:.2f}"] if self.capacity else [])
 
 
@@ -263,7 +280,7 @@ def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks:
     capacity = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
     always = {"CUDA" + (" and NCCL" if ranks > 1 else ""): CONTEXT + (NCCL if ranks > 1 else 0.0)}
     always |= {f"{name}: {item}": value for name, h in held.items() for item, value in h.items.items() if value}
-    plan = Plan(capacity=capacity)
+    plan = Plan(capacity=capacity, on_host={name: h.on_host for name, h in held.items() if h.on_host})
 
     def update(name: str) -> dict[str, float]:
         h = held[name]
@@ -295,11 +312,14 @@ def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks:
     cache = {**own, "rollout: KV cache": pool}
     after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache
 
+    # The reference comes before the scoring forwards and goes after them.
+    visiting = {f"{name}: weights": h.weights + h.visiting for name, h in held.items() if name == "reference"}
+
     def score(name: str) -> dict[str, float]:
         h, together = held[name], scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held))
         f = h.forward
         wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.norm, chunked=f.chunked)
-        return {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
+        return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
     plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})
     if config.uses_reference:

@@ -65,13 +65,14 @@ class NoText:
 
 
 def recipe(args: argparse.Namespace) -> Config:
-    trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": args.checkpointing}
+    trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": args.checkpointing, "offload": args.offload}
     tree: dict[str, Any] = {
         "task": "rl",
         "run_dir": "unused",
         "deepspeed": f"ds_configs/zero{args.zero}.json",
         "actor": trained | ({"lora": {"r": args.lora, "target_modules": "all-linear"}} if args.lora else {}),
-        "critic": {"gradient_checkpointing": args.checkpointing},
+        "critic": {"gradient_checkpointing": args.checkpointing, "offload": args.offload},
+        "reference": {"offload": args.offload},
         "reward": {"components": [{"function": "exact_match"}]},
         "data": {"train": [{"path": "none.jsonl"}]},
         "rollout": {"prompts": WORKLOADS[args.workload][0], "group_size": WORKLOADS[args.workload][1]},
@@ -129,7 +130,7 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
     elif config.uses_reference:
         module, settings = model(config.reference.model_copy(update={"path": config.actor.path}))
         fuse_head(module)
-        reference = FrozenEngine(module, settings, world)
+        reference = FrozenEngine(module, settings, world, config.reference.offload)
     sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
     rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
     rewards: Any = None  # drawn at random instead
@@ -195,6 +196,7 @@ def main(args: argparse.Namespace) -> None:
                 note_memory()
                 models.hybrid_engine.release()
             rollout = gather_rollout(local, dict(enumerate(prompts)), world)
+        models.fetch()
         with timer.phase("reward"):
             if early is not None:
                 early.finish()
@@ -279,6 +281,7 @@ def report(
     tokens, flops = int((lengths + before).sum()), scoring_flops(shape, lengths + before, lengths)
     factor = 2 if args.lora else 3
     case = f"{args.workload}-{args.shape}" + (f"-lora{args.lora}" if args.lora else "") + (f"-z{args.zero}x{ranks}" if ranks > 1 else "")
+    case += "-offload" * args.offload
     common = {"case": case, "machine": f"{ranks}x {name}", "algorithm": args.algorithm, "steps": args.steps, "tokens_per_forward": args.tokens}
     lines: list[dict[str, Any]] = []
     if seconds.get("update_actor"):
@@ -318,6 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters, on all linear layers")
     parser.add_argument("--no_reference", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--offload", action="store_true", help="master weights, moments and the reference on the host while unused")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
     parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")
     parser.add_argument("--cache_tokens", type=int, default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,8 @@ from rlhf.config import (
     CriticConfig,
     KLConfig,
     LoraConfig,
+    ModelConfig,
+    RewardModelConfig,
     TrainedModelConfig,
     flat_keys,
     hybrid_engine_words,
@@ -379,3 +382,28 @@ REWARD_ON_BASE: dict[str, Any] = {"components": {"model": {"path": "models/adapt
 def test_what_cannot_share_the_base_is_refused(critic: dict[str, Any], lora: Any, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_one_base(critic, lora, **sections)
+
+
+@pytest.mark.parametrize(
+    ("zero", "role", "further", "message"),
+    [
+        ({"stage": 0}, TrainedModelConfig(offload=True), {}, "offload=true: ZeRO-0 has no flat master weights"),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            TrainedModelConfig(offload=True),
+            {},
+            "zero_optimization.offload_optimizer .* the same",
+        ),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, ModelConfig(offload=True), {}, "zero_optimization.offload_param .* the same"),
+        ({"stage": 3}, TrainedModelConfig(offload=True), {"optimizer": {"type": "SGD"}}, "remove `optimizer`"),
+        ({"stage": 2}, RewardModelConfig(offload=True, share_base=True), {}, "offload=true with share_base=true"),
+        ({"stage": 3}, TrainedModelConfig(offload=True), {}, None),
+        ({"stage": 0}, ModelConfig(offload=True), {}, None),
+    ],
+)
+def test_offload_is_refused_where_it_cannot_be(
+    recipe: Any, zero: dict[str, Any], role: ModelConfig, further: dict[str, Any], message: str | None
+) -> None:
+    config = recipe().model_copy(update={"deepspeed": {"zero_optimization": zero, **further}})
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        role_settings(config, role, world_size=2, on_gpu=False)

@@ -159,3 +159,56 @@ def test_bf16_training_under_zero_3(models: Path, world: World, tmp_path: Path) 
         theirs = replica(input_ids=ids, position_ids=torch.arange(7, device=ids.device).expand_as(ids)).logits
     ours = engine.score(input_ids=ids, position_ids=torch.arange(7, device=ids.device).expand_as(ids), use_cache=False).logits
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
+
+
+def test_offloaded_states_are_gone_and_train_the_same_bits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five clipped AdamW steps of 8.4 million parameters in parts of a million: copies in, steps and copies back on three streams."""
+    from rlhf import offload
+    from rlhf.engine import TrainEngine, loading_context
+
+    monkeypatch.setattr(offload, "PART", (1 << 20) - 8)
+    found = []
+    for offloads in (False, True):
+        before = torch.cuda.memory_allocated()
+        config = TrainedModelConfig(dtype="bfloat16", learning_rate=1e-3, weight_decay=0.1, offload=offloads)
+        block = deepspeed_block(3, sgd=False)
+        settings = resolve_deepspeed(block, dtype="bfloat16", trained=True, micro_batch=1, world_size=1, max_grad_norm=0.5, on_gpu=True)
+        module = loading_context(settings, world).construct(lambda: torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(8))))
+        generator = torch.Generator(world.device).manual_seed(3)
+        for parameter in module.parameters():
+            parameter.ds_tensor.normal_(0.0, 0.03, generator=generator)
+        engine = TrainEngine(module, config, settings, world, 10, 0, "actor")
+        x = torch.randn(64, 1024, device=world.device, generator=generator).bfloat16()
+        norms = []
+        for _ in range(5):
+            engine.backward(engine(x).float().pow(2).sum(), 1.0)
+            norms.append(engine.step().grad_norm)
+        torch.cuda.synchronize()
+        between = torch.cuda.memory_allocated() - before
+        with engine._states_at_hand():
+            zero = engine._engine.optimizer
+            masters = [m.detach().cpu() for m in zero.fp32_partitioned_groups_flat]
+            moments = [v.cpu() for m in zero.fp32_partitioned_groups_flat for v in zero.optimizer.state[m].values()]
+        weights = [p.ds_tensor.cpu() for p in module.parameters()]
+        found.append((between, norms, masters + moments + weights))
+        if engine._offloaded:
+            assert all(kept is not None and kept.is_pinned() for kept in engine._offloaded._kept)
+    (held, norms, states), (left, their_norms, theirs) = found
+    assert held - left >= 0.9 * 12 * 8 * (1024 * 1024 + 1024)
+    assert their_norms == norms and min(norms) > 0.5
+    assert all(torch.equal(a, b) for a, b in zip(states, theirs, strict=True))
+
+
+def test_parked_weights_are_gone_between_phases(world: World) -> None:
+    from rlhf.offload import Parked
+
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(n, generator=generator).to(world.device) for n in (3, 1 << 20, 1 << 22)]
+    expected, held = [t.cpu() for t in tensors], torch.cuda.memory_allocated()
+    parked = Parked(tensors, world.device)
+    for _ in range(2):
+        assert held - torch.cuda.memory_allocated() >= 4 * ((1 << 20) + (1 << 22))
+        parked.fetch()
+        parked.wait()
+        assert all(torch.equal(t.cpu(), e) for t, e in zip(tensors, expected, strict=True))
+        parked.release()

@@ -19,6 +19,7 @@ LAYERS = {
     "rlhf.distributed": 2,
     "rlhf.data": 2,
     "rlhf.models": 2,
+    "rlhf.offload": 2,
     "rlhf.engine": 3,
     "rlhf.rollout": 3,
     "rlhf.rewards": 3,

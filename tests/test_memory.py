@@ -216,6 +216,27 @@ def test_phases_and_shares(recipe: Any) -> None:
     assert any(line.split()[:1] == ["sum"] for line in plan.table())
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload(stage: int, recipe: Any) -> None:
+    """What is on the host is in no phase but its own."""
+    plain = planned(recipe(stage))
+    plan = planned(recipe(stage, actor={"offload": True}, reference={"offload": True}))
+    for phase, items in plan.phases.items():
+        assert not {"actor: master weights", "actor: moments"} & set(items)
+        assert ("reference: weights" in items) == (phase in ("ref", "values"))
+        assert items.get("reference: weights", 0) <= plain.phases[phase]["reference: weights"]
+        assert items["critic: moments"] == plain.phases[phase]["critic: moments"]
+    update, sent = plain.phases["update_actor"], plan.on_host
+    assert sent == {
+        "actor": update["actor: master weights"] + update["actor: moments"],
+        "reference": update["reference: weights"],
+    }
+    assert plan.phases["ref"]["reference: weights"] == sent["reference"]
+    assert any("pinned host memory" in line for line in plan.table()) and not plain.on_host
+    held = [memory.held_by(recipe(stage), "actor", recipe(stage, actor={"offload": o}).actor, 2, 100) for o in (False, True)]
+    assert held[1].step - held[0].step == sent["actor"]  # of a small model all parts are there at once
+
+
 def test_budget_of_tokens_and_rows(recipe: Any) -> None:
     tokens, rows = recipe(train={"micro_batch_tokens": 4096}), recipe(train={"micro_batch": 4})
     assert (largest_forward(tokens, 768), largest_forward(rows, 768)) == (4096, 3072)

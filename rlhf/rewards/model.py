@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,17 +15,22 @@ from rlhf.types import Rollout
 
 
 class RewardModel:
-    """(score at the last token - mean) / std; mean and std come with the model's folder (`models.loading.score_statistics`)."""
+    """(score at the last token - mean) / std; mean and std come with the model's folder (`models.loading.score_statistics`).
+    release: called when a rollout has been scored (`FrozenEngine.release`)."""
 
-    def __init__(self, forward: Forward, mean: float, std: float, train: TrainConfig, world: World) -> None:
-        self.forward, self.mean, self.std, self.train, self.world = forward, mean, std, train, world
+    def __init__(
+        self, forward: Forward, mean: float, std: float, train: TrainConfig, world: World, release: Callable[[], None] = lambda: None
+    ) -> None:
+        self.forward, self.mean, self.std, self.train, self.world, self.release = forward, mean, std, train, world, release
 
     def score(self, rollout: Rollout) -> Tensor:
         """[B] float32 for all rows of the rollout, each rank computing its share. (collective)"""
         lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
         train, world = self.train, self.world
         plan = plan_micro_batches(range(len(rollout)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
-        return self.world.gather_indexed(*self._share(rollout, plan, lengths), len(rollout)).squeeze(1)
+        own = self._share(rollout, plan, lengths)
+        self.release()
+        return self.world.gather_indexed(*own, len(rollout)).squeeze(1)
 
     @torch.no_grad()
     def _share(self, rollout: Rollout, plan: Sequence[MicroBatchPlan], lengths: list[int]) -> tuple[list[int], Tensor]:

@@ -59,6 +59,13 @@ class Models:
     hybrid_engine: HybridEngine
     together: int = 1  # `scored_together`
 
+    def fetch(self) -> None:
+        """What is to be scored next sets out for the device, where `offload` keeps its weights on the host."""
+        scorers = [scorer.forward for scorer in self.rewards.scorers if isinstance(scorer, RewardModel)] if self.rewards else []
+        for model in (*scorers, self.reference):
+            if isinstance(model, FrozenEngine):
+                model.fetch()
+
     @property
     def engines(self) -> dict[str, TrainEngine]:
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
@@ -128,6 +135,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
             if release:
                 models.hybrid_engine.release()
             rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
+        models.fetch()
         with timer.phase("reward"):
             if early is not None:
                 early.finish()
@@ -221,7 +229,7 @@ def _reference(run: Run, actor: TrainEngine) -> Callable[..., Any]:
     dtype = model_dtype(role, run.world.device)
     module = load_causal_lm(role, "reference", loading_context(settings, run.world), run.world, dtype, config.train.packing)
     fuse_head(module)
-    return FrozenEngine(module, settings, run.world)
+    return FrozenEngine(module, settings, run.world, role.offload)
 
 
 def _scorer(run: Run, component: RewardComponentConfig, actor: TrainEngine) -> FunctionReward | RewardModel:
@@ -239,7 +247,8 @@ def _scorer(run: Run, component: RewardComponentConfig, actor: TrainEngine) -> F
     else:
         module = load_scalar_model(role, key, loading_context(settings, run.world), run.world, dtype, "keep", train.packing)
     mean, std = score_statistics(role.path)
-    return RewardModel(FrozenEngine(module, settings, run.world), mean, std, train, run.world)
+    engine = FrozenEngine(module, settings, run.world, role.offload)
+    return RewardModel(engine, mean, std, train, run.world, engine.release)
 
 
 def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple[list[Prompt], list[str]]:
@@ -371,6 +380,8 @@ def learn(
     first_epoch = [micro_batch for minibatch in plan_epoch(config, step, 0, rollout, world) for micro_batch in minibatch.plan]
     scorers = passes(models, config, timer, needs_old_logprobs(config, step))
     experience = make_experience(rollout, scores, scorers, first_epoch, config.algorithm, kl_coef, world)  # (collective)
+    if isinstance(models.reference, FrozenEngine):
+        models.reference.release()
     return experience, update_models(models, config, timer, experience, step, kl_coef, world)  # (collective)
 
 

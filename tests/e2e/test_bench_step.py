@@ -14,7 +14,10 @@ from rlhf.config import ROOT
 @pytest.mark.parametrize(
     ("options", "phases"),
     [
-        (["--algorithm", "ppo", "--checkpointing", "--zero", "2"], {"gen", "ref", "values", "update_actor", "update_critic", "hand_over"}),
+        (
+            ["--algorithm", "ppo", "--checkpointing", "--zero", "2", "--offload"],
+            {"gen", "ref", "values", "update_actor", "update_critic", "hand_over"},
+        ),
         (["--lora", "4", "--no_reference", "--reward_ms", "1"], {"gen", "reward", "update_actor", "hand_over"}),
     ],
 )
