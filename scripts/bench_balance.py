@@ -47,7 +47,10 @@ def main(args: argparse.Namespace) -> None:
         return engine.generate(prompts, draws, args.samples, sampling, **world.fair_queue(args.prompts, args.samples), forced=forced)
 
     uneven = [1 if i % world.size == 0 else args.longest for i in draws for _ in range(args.samples)]
-    for name, way, forced in (("plan", planned, lengths), ("queue", queue, lengths), ("one token against the longest", planned, uneven)):
+    ways = {"plan": (planned, lengths), "queue": (queue, lengths), "one token against the longest": (planned, uneven)}
+    for name, (way, forced) in ways.items():
+        if args.only not in (None, name):
+            continue
         busy = []
         for _ in range(args.runs + 1):
             world.barrier()
@@ -73,6 +76,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--longest", type=int, default=1024)
     parser.add_argument("--max_batch", type=int, default=512)
+    parser.add_argument("--only", choices=("plan", "queue"))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--local_rank", type=int, default=0, help="given by launchers")
     main(parser.parse_args())
