@@ -82,6 +82,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, frozen=True)
 
 
+Recomputed = bool | Literal["mlp"]  # of each decoder layer in the backward pass
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
@@ -106,7 +109,9 @@ class ModelConfig(Section):
 
 
 class TrainedModelConfig(ModelConfig):
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    gradient_checkpointing: bool | Literal["mlp"] = Field(
+        False, description="recompute activations in the backward pass: of whole layers (true), or of their MLPs, the widest (mlp)"
+    )
     lora: LoraConfig | None = Field(None, description="train LoRA adapters instead of all weights")
     learning_rate: float = Field(1e-6, ge=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up, over the run's optimizer steps")
@@ -116,6 +121,11 @@ class TrainedModelConfig(ModelConfig):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="global gradient norm clip; 0 = off")
+
+    @property
+    def recomputed(self) -> Recomputed:
+        """`gradient_checkpointing`."""
+        return self.gradient_checkpointing
 
 
 class CriticConfig(TrainedModelConfig):

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from rlhf.config import Config, ModelConfig, TrainedModelConfig, hybrid_engine_words, role_dtype, role_settings, shares_base
+from rlhf.config import Config, ModelConfig, Recomputed, TrainedModelConfig, hybrid_engine_words, role_dtype, role_settings, shares_base
 from rlhf.experience import scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
+from rlhf.models.checkpointing import decoder_layers
 from rlhf.models.fused import FAMILIES
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import read_architecture
@@ -42,6 +43,9 @@ BUCKET = 500_000_000  # most elements of a gradient bucket (`TrainEngine`)
 # Activations
 
 
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
 def saved_per_token(
     shape: ModelShape, size: int, fused: bool, head_norms: bool = False, adapted: Iterable[str] | None = None, rank: int = 0
 ) -> dict[str, float]:
@@ -60,13 +64,13 @@ def saved_per_token(
     down = taken("down_proj") and not (fused and names is None)  # made again for a plain product (`gated_down`)
     terms = {
         "norms": norm_per_token(2 * s.hidden + width, 2 + count, size, fused, trains=names is None),
-        "products": size * (s.hidden * (taken("q_proj", "k_proj", "v_proj") + taken("gate_proj", "up_proj")) + s.inner * down),
+        "products": size * s.hidden * taken("q_proj", "k_proj", "v_proj"),
         "attention": 2 * (s.q_dim + s.kv_dim) * size + 4 * s.heads,  # q, k, v and what comes out; a log-sum-exp for each head
-        "activation": 2 * s.inner * size,
-        "adapters": rank * len(names or ()) * size,
+        "adapters": rank * len((names or set()) - MLP) * size,
+        "mlp": size * (s.hidden * taken("gate_proj", "up_proj") + s.inner * down + 2 * s.inner + rank * len((names or set()) & MLP)),
     }
     if not fused:
-        terms["activation"] += s.inner * size  # silu(gate)
+        terms["mlp"] += s.inner * size  # silu(gate)
     return {name: float(value) for name, value in terms.items()}
 
 
@@ -85,24 +89,30 @@ class Forward:
     tokens: int
     scored: int  # tokens that the head sees
     vocabulary: int  # 1: a scalar head
-    layer: float  # bytes that a layer keeps of a token
-    norm: float  # and the final norm
-    checkpointing: bool = False
+    layer: float  # bytes that a layer keeps of a token, if nothing is computed again
+    mlp: float  # of these its MLP
+    norm: float  # what the final norm keeps
+    checkpointing: Recomputed = False
     chunked: bool = True  # the head answers in chunks (`rlhf.ops.head`)
     head_trains: bool = True
 
+    @property
+    def again(self) -> float:
+        """Bytes of a token that the backward pass of a layer makes again, from `hidden` numbers that are kept in their place."""
+        return self.mlp if self.checkpointing == "mlp" else self.layer if self.checkpointing else 0.0
+
     def kept(self) -> float:
-        """From the forward to the backward pass: layers (their inputs only, under checkpointing), angles, final norm, head."""
+        """From the forward to the backward pass: layers (of what is computed again its input only), angles, final norm, head."""
         s, scalar = self.shape, self.vocabulary == 1
-        layers = s.layers * (s.hidden * self.size if self.checkpointing else self.layer)
+        layers = s.layers * (self.layer - self.again + (s.hidden * self.size if self.checkpointing else 0))
         head = 4 * s.hidden + 8 if scalar else self.size * s.hidden + (16 if self.chunked else 4 * self.vocabulary)
         return self.tokens * (layers + self.norm + self.size * 2 * s.head_dim + 8) + (self.tokens if scalar else self.scored) * head
 
     def passing(self, backward: bool) -> float:
-        """Beside that, at the worst moment: in the head, or in one layer (which is computed again first, under checkpointing)."""
+        """Beside that, at the worst moment: in the head, or in one layer (which is computed again first, as far as it is not kept)."""
         s, size = self.shape, self.size
         wide = max(3 * s.inner, 2 * s.q_dim + 2 * s.kv_dim + (2 * s.q_dim if backward else 0)) + 2 * s.hidden
-        layer = self.tokens * (size * wide + (self.layer if backward and self.checkpointing else 0))
+        layer = self.tokens * (size * wide + (self.again if backward else 0))
         if self.vocabulary == 1:
             return max(layer, 2.0 * self.tokens * 4 * s.hidden)
         logits = self.scored * self.vocabulary * size
@@ -178,6 +188,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     adapted = None if lora is None else [n for n, m in decoder_layers(module)[0].named_modules() if hasattr(m, "lora_A")]
     shape = model_shape(architecture)
     tokens = largest_forward(config, longest)
+    saved = saved_per_token(shape, size, fused, head_norms, adapted, lora.r if lora else 0)
     return Held(
         weights=size * ((whole - base - small) / shares + small),
         gathered=size * gathered,
@@ -194,18 +205,14 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
             tokens,
             scored=tokens,
             vocabulary=1 if scalar else text.vocab_size,
-            layer=sum(saved_per_token(shape, size, fused, head_norms, adapted, lora.r if lora else 0).values()),
+            layer=sum(saved.values()),
+            mlp=saved["mlp"],
             norm=norm_per_token(shape.hidden, 1, size, fused, lora is None),
-            checkpointing=isinstance(role, TrainedModelConfig) and role.gradient_checkpointing,
+            checkpointing=isinstance(role, TrainedModelConfig) and role.recomputed,
             chunked=text.model_type in FAMILIES,
             head_trains=lora is None,
         ),
     )
-
-
-def decoder_layers(module: nn.Module) -> nn.ModuleList:
-    """The decoder layers."""
-    return max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
 def largest_forward(config: Config, longest: int) -> int:
@@ -298,7 +305,7 @@ def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks:
     def score(name: str) -> dict[str, float]:
         h, together = held[name], scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held))
         f = h.forward
-        wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.norm, chunked=f.chunked)
+        wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.mlp, f.norm, chunked=f.chunked)
         return {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
     plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})

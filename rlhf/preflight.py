@@ -21,8 +21,9 @@ from rlhf.config import (
     to_yaml,
 )
 from rlhf.distributed import launch_environment
-from rlhf.memory import plan_memory
+from rlhf.memory import blank_model, plan_memory
 from rlhf.metrics import model_shape
+from rlhf.models.checkpointing import mlps
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
@@ -44,6 +45,8 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         architecture = read_architecture(role, name)
         if config.train.packing:
             check_packing(architecture, name, role.trust_remote_code)
+        if isinstance(role, TrainedModelConfig) and role.gradient_checkpointing == "mlp":
+            mlps(blank_model(role.model_copy(update={"lora": None}), architecture, name != "actor", torch.bfloat16), name)
         role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
     if config.task == "rl":
         hybrid_engine_words(config)

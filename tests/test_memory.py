@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralCo
 
 from rlhf import memory
 from rlhf.batching import pack
-from rlhf.config import Config, LoraConfig
+from rlhf.config import Config, LoraConfig, Recomputed
 from rlhf.memory import (
     GIB,
     MemoryMeter,
@@ -30,6 +30,7 @@ from rlhf.memory import (
 )
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
+from rlhf.models.checkpointing import recompute
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
@@ -83,7 +84,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()))
 
 
-def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: bool) -> int:
+def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: Recomputed) -> int:
     """Bytes that a forward keeps for its backward pass, each storage once, parameters left out."""
     rows, width = len(LENGTHS), max(LENGTHS)
     tokens, size = sum(LENGTHS) if packed else rows * width, next(module.parameters()).element_size()
@@ -112,10 +113,10 @@ def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: bool) -> 
         else:
             result = logprobs_of(module, inputs_of(ids, None), torch.arange(width - 1), ids[:, 1:], 1.0)[0].sum()
     assert result.requires_grad
-    return sum(found.values()) + checkpointing * angles
+    return sum(found.values()) + (checkpointing is True) * angles
 
 
-def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool) -> torch.nn.Module:
+def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool) -> torch.nn.Module:
     architecture = FAMILIES[family]
     make: Any = AutoModel if scalar else AutoModelForCausalLM
     module: Any = make.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
@@ -127,35 +128,39 @@ def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointi
     plain = module
     if lora:
         module = add_adapters(module, LoraConfig(r=8), 0).to(dtype)
+        plain.enable_input_require_grads()  # as under ZeRO-3: else the first norm keeps nothing
     fuse_head(plain)
-    if checkpointing:
-        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(plain, checkpointing, "actor")
     return module.train()
 
 
-def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool, in_kernels: bool) -> float:
+def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, in_kernels: bool) -> float:
     """Through `held_by`'s formulas, on this test's tokens."""
     shape, names = model_shape(FAMILIES[family]), ("q", "k", "v", "o", "gate", "up", "down")
     adapted = [f"{n}_proj" for n in names] if lora else None
     size = dtype.itemsize
-    layer = sum(saved_per_token(shape, size, in_kernels, family == "qwen3", adapted, 8 if lora else 0).values())
+    saved = saved_per_token(shape, size, in_kernels, family == "qwen3", adapted, 8 if lora else 0)
+    layer, mlp = sum(saved.values()), saved["mlp"]
     norm = norm_per_token(shape.hidden, 1, size, in_kernels, trains=not lora)
     tokens = sum(LENGTHS) if packed else len(LENGTHS) * max(LENGTHS)
     scored = tokens - 1 if packed else tokens - len(LENGTHS)
-    return memory.Forward(shape, size, tokens, scored, 1 if scalar else 300, layer, norm, checkpointing, head_trains=not lora).kept()
+    return memory.Forward(shape, size, tokens, scored, 1 if scalar else 300, layer, mlp, norm, checkpointing, head_trains=not lora).kept()
 
 
 VARIANTS = [
     (packed, lora, checkpointing, scalar)
     for packed in (True, False)
-    for lora, checkpointing, scalar in ((False, False, False), (True, False, False), (False, True, False), (False, False, True), (True, True, True))
+    for lora, checkpointing, scalar in (
+        *((False, False, False), (True, False, False), (False, True, False), (False, False, True), (True, True, True)),
+        *((False, "mlp", False), (True, "mlp", False), (True, "mlp", True)),
+    )
 ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("packed", "lora", "checkpointing", "scalar"), VARIANTS)
 def test_activations_in_kernels(
-    family: str, packed: bool, lora: bool, checkpointing: bool, scalar: bool, kernels: None, monkeypatch: pytest.MonkeyPatch
+    family: str, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
     found = kept_bytes(built(family, torch.bfloat16, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
@@ -166,7 +171,7 @@ def test_activations_in_kernels(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("packed", "lora", "checkpointing", "scalar"), VARIANTS)
 def test_activations_in_plain_torch(
-    family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
     found = kept_bytes(built(family, dtype, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
@@ -272,11 +277,13 @@ def test_budget_is_kept(recipe: Any) -> None:
 # The probe
 
 
+@pytest.mark.parametrize("checkpointing", [False, "mlp"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 @pytest.mark.parametrize("name", ["actor", "critic"])
-def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, recipe: Any) -> None:
+def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, checkpointing: Recomputed, recipe: Any) -> None:
     """And nothing random is drawn for it."""
-    role = dict(roles(recipe(2, actor={"lora": lora}, critic={"lora": lora})))[name]
+    trained = {"lora": lora, "gradient_checkpointing": checkpointing}
+    role = dict(roles(recipe(2, actor=trained, critic=trained)))[name]
     torch.manual_seed(5)
     before = torch.get_rng_state()
     made = stand_in(role, name, True, torch.bfloat16, torch.device("cpu"))
@@ -285,7 +292,9 @@ def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, recipe: Any) 
     assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in whole.parameters())
     fuse(whole)
     pack_attention(whole)
-    fuse_head(whole.get_base_model() if lora else whole)
+    plain = whole.get_base_model() if lora else whole
+    fuse_head(plain)
+    recompute(plain, checkpointing, name)
     # Its parameters are fewer, so what only they keep is found by the same means in both.
     found = [kept_bytes(module, True, name == "critic", False) for module in (made, whole)]
     assert found[0] == found[1]

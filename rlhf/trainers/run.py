@@ -26,6 +26,7 @@ from rlhf.distributed import EXIT_AGAIN, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.memory import BUDGET, MemoryMeter, Plan, longest_row, plan_memory, read_budget, smaller, write_budget
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
+from rlhf.models.checkpointing import recompute
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
 from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
@@ -110,9 +111,7 @@ class Run:
         if role.lora:
             module = add_adapters(module, role.lora, self.config.seed)
         fuse_head(plain)  # after the adapters: one on the head needs its logits
-        if role.gradient_checkpointing:
-            enable: Any = module
-            enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(module, role.recomputed, key)
         return TrainEngine(module, role, settings, self.world, total_steps, self.config.seed, key)
 
     def resume(self, engines: dict[str, Saved], steps: int) -> int:
