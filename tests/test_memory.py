@@ -10,22 +10,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from rlhf import memory
 from rlhf.batching import pack
-from rlhf.config import Config, LoraConfig, Recomputed
+from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config
 from rlhf.memory import (
     GIB,
     MemoryMeter,
     Plan,
     blank_model,
+    choose,
     largest_forward,
+    longest_row,
     norm_per_token,
+    open_choices,
     plan_memory,
     read_budget,
     saved_per_token,
     smaller,
+    with_value,
+    with_values,
     write_budget,
 )
 from rlhf.metrics.flops import model_shape
@@ -298,3 +303,159 @@ def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, checkpointing
     # Its parameters are fewer, so what only they keep is found by the same means in both.
     found = [kept_bytes(module, True, name == "critic", False) for module in (made, whole)]
     assert found[0] == found[1]
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# What the recipe leaves to the plan
+
+_QWEN_7B = Qwen2Config(
+    vocab_size=152_064,
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the size of Qwen2.5-7B, without a weight in it."""
+    folder = tmp_path_factory.mktemp("7B")
+    _QWEN_7B.save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture
+def auto(large: Path, tmp_path: Path) -> Any:
+    def make(task: str = "rl", tokens: Any = "auto", checkpointing: Any = "auto", **sections: Any) -> Config:
+        role = {"path": large, "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
+        tree: dict[str, Any] = {
+            "task": task,
+            "run_dir": tmp_path,
+            "actor": role,
+            "reward_model": role if task == "reward_model" else {},
+            "critic": {"dtype": "bfloat16", "gradient_checkpointing": checkpointing},
+            "reference": {"dtype": "bfloat16"},
+            "reward": {"components": {"function": "exact_match"}},
+            "data": {"train": {"path": "none.jsonl"}, "max_prompt_tokens": 512, "max_tokens": 2048},
+            "rollout": {"prompts": 128, "group_size": 8, "max_new_tokens": 1024},
+            "algorithm": {"name": "grpo", "kl": {"coef": 0.001}},
+            "train": {"steps": 1, "micro_batch_tokens": tokens},
+        }
+        return parse_config({**tree, **{name: {**tree.get(name, {}), **section} for name, section in sections.items()}})
+
+    return make
+
+
+def chosen(config: Config, gib: float | None, ranks: int = 8) -> tuple[Config, str]:
+    values, line = choose(config, roles(config), ranks, None if gib is None else int(gib * GIB))
+    assert set(values) == set(open_choices(config))
+    resolved = with_values(config, values)
+    assert not open_choices(resolved)
+    return resolved, line
+
+
+def needed(config: Config, gib: float, ranks: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """GiB of the largest phase that depends on the choice, by the plan of the resolved recipe on such a device."""
+    monkeypatch.setattr(memory, "device_capacity", lambda: int(gib * GIB))
+    plan = plan_memory(config, roles(config), ranks)
+    return max(plan.total(phase) for phase in plan.phases if phase != "gen") / GIB
+
+
+@pytest.mark.parametrize(
+    ("task", "sections"),
+    [
+        ("rl", {}),
+        ("rl", {"rollout": {"release": True}, "actor": {"lora": {"r": 64}}}),
+        ("rl", {"algorithm": {"name": "ppo"}}),
+        ("rl", {"rollout": {"cache_tokens": 100_000}}),
+        ("sft", {}),
+        ("reward_model", {}),
+    ],
+)
+def test_what_is_chosen_fits_and_more_memory_costs_no_speed(task: str, sections: dict[str, Any], auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, name = auto(task, **sections), "reward_model" if task == "reward_model" else "actor"
+    before, seen = (0, -9, 0), set()
+    for gib in (24, 40, 48, 56, 64, 72, 80, 96, 112, 141, 192, 288):
+        found, line = chosen(config, gib)
+        role, tokens = getattr(found, name), found.train.forward_tokens
+        assert tokens is not None and tokens % 256 == 0 and longest_row(config) <= tokens <= memory.MOST
+        assert f"train.micro_batch_tokens={tokens}" in line and f"{name}.gradient_checkpointing={str(role.recomputed).lower()}" in line
+        level = -sum(memory.LEVELS.index(trained.recomputed) for _, trained in roles(found) if isinstance(trained, TrainedModelConfig))
+        fits = needed(found, gib, 8, monkeypatch) <= gib * (1 - memory.MARGIN)
+        assert fits == ("it may run out of memory" not in line)
+        now = (int(fits), level, tokens)  # with as much recomputation the budget never falls, and recomputation never grows
+        assert now >= before, (gib, now, before)
+        if fits and tokens < memory.MOST and "no rows to take" not in line:  # nothing larger fits
+            assert needed(with_value(found, "train.micro_batch_tokens", tokens + 256), gib, 8, monkeypatch) > gib * (1 - memory.MARGIN)
+        assert ("tokens fit with" in line) == (level < 0 and fits)
+        before = now
+        seen.add(role.recomputed)
+    assert before[:2] == (1, 0) and len(seen) > 1
+
+
+def test_checkpointing_for_a_budget_of_the_recipe(auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    for gib in (24, 60, 80, 100, 141, 288):
+        found, _ = chosen(auto(tokens=16_384), gib)
+        assert found.train.forward_tokens == 16_384
+        levels.append(memory.LEVELS.index(found.actor.recomputed))
+        assert needed(found, gib, 8, monkeypatch) <= gib * (1 - memory.MARGIN) or levels[-1] == 2
+    assert levels == sorted(levels, reverse=True) and set(levels) == {0, 1, 2}
+    assert open_choices(auto(tokens=16_384, checkpointing="mlp")) == []
+
+
+def test_a_budget_for_checkpointing_of_the_recipe(auto: Any) -> None:
+    budgets = [chosen(auto(checkpointing=what), 80)[0].train.forward_tokens or 0 for what in (False, "mlp", True)]
+    assert budgets[0] < budgets[1] < budgets[2]
+    assert chosen(auto(checkpointing="mlp"), 80)[0].actor.recomputed == "mlp"
+
+
+def test_budget_is_no_more_than_there_is_to_compute(auto: Any) -> None:
+    few = auto(rollout={"prompts": 8, "group_size": 2, "max_new_tokens": 1024})
+    found, line = chosen(few, 288)
+    assert found.train.forward_tokens == 2 * 1536 and found.actor.recomputed is False and "no rows to take" in line  # two rows on each of 8 ranks
+    long = auto(rollout={"prompts": 128, "group_size": 8, "max_new_tokens": 40_000})
+    assert chosen(long, 288)[0].train.forward_tokens == 40_704  # the longest row is larger than what is worth while
+
+
+def test_a_device_that_is_too_small(auto: Any) -> None:
+    found, line = chosen(auto(), 12)
+    assert (found.train.forward_tokens, found.actor.recomputed) == (1536, True)
+    assert "update_actor takes" in line and "it may run out of memory" in line
+
+
+def test_without_a_gpu(auto: Any) -> None:
+    found, line = chosen(auto(), None)
+    assert (found.train.forward_tokens, found.actor.recomputed) == (16_384, False)
+    assert line == "auto: train.micro_batch_tokens=16384 actor.gradient_checkpointing=false: no GPU to measure by"
+    for read in (lambda: auto().train.forward_tokens, lambda: auto().actor.recomputed):
+        with pytest.raises(RuntimeError, match="auto is read before it was resolved"):
+            read()
+
+
+def test_layers_without_a_known_mlp_are_computed_again_as_a_whole(auto: Any, tmp_path: Path) -> None:
+    OPTConfig(hidden_size=4096, ffn_dim=16_384, num_hidden_layers=32, num_attention_heads=32).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    config = auto(actor={"path": tmp_path, "gradient_checkpointing": "auto", "dtype": "bfloat16"})
+    assert {chosen(config, gib)[0].actor.recomputed for gib in (24, 48, 64, 80, 100, 120, 141, 192, 288)} == {False, True}
+
+
+def test_what_was_chosen_is_kept_for_a_run_that_goes_on(auto: Any) -> None:
+    config = auto()
+    write_budget(config.run_dir, 0, "chosen", {"train.micro_batch_tokens": 20_480, "actor.gradient_checkpointing": "mlp"})
+    assert read_budget(config) is config  # a fresh start chooses afresh
+    found = read_budget(config, config.run_dir)
+    assert (found.train.forward_tokens, found.actor.recomputed) == (20_480, "mlp")
+    own = auto(tokens=24_576, checkpointing=True)  # what the recipe says wins
+    assert read_budget(own, config.run_dir) is own
+    key, value = smaller(found, "update_actor", 1536)
+    assert (key, value) == ("train.micro_batch_tokens", 16_384)
+    write_budget(config.run_dir, 0, key, value)
+    for start in (read_budget(config, config.run_dir), read_budget(with_value(config, key, 32_768)), read_budget(own)):
+        assert start.train.forward_tokens == 16_384  # memory has run out with more
+    elsewhere = config.model_copy(update={"run_dir": config.run_dir / "other"})
+    assert read_budget(elsewhere, config.run_dir).train.forward_tokens == 16_384

@@ -24,7 +24,7 @@ class RewardModel:
         """[B] float32 for all rows of the rollout, each rank computing its share. (collective)"""
         lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
         train, world = self.train, self.world
-        plan = plan_micro_batches(range(len(rollout)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
+        plan = plan_micro_batches(range(len(rollout)), lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)
         return self.world.gather_indexed(*self._share(rollout, plan, lengths), len(rollout)).squeeze(1)
 
     @torch.no_grad()
