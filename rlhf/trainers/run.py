@@ -262,7 +262,7 @@ def start_run(
     run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config))
     cleanup.push(run.leave)
     if taken:
-        console.message(f"auto: {' '.join(f'{key}={str(value).lower()}' for key, value in taken.items())}: as when the run began")
+        console.message(f"auto: {' '.join(f'{key}={str(value).lower()}' for key, value in taken.items())}: from {BUDGET}")
     return run
 
 

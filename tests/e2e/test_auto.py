@@ -59,13 +59,13 @@ def test_a_run_goes_on_with_what_was_chosen(ground: Ground) -> None:
     resumed = stopped_after(straight, ground, 1)
     (resumed / "budget.json").write_text(json.dumps({"chosen": narrow}))
     out = succeed(recipe, f"run_dir={resumed}", launcher="python", env=ground.env).out
-    assert f"auto: {' '.join(given)}: as when the run began" in out
+    assert f"auto: {' '.join(given)}: from budget.json" in out
     assert_same_end(run_dir, resumed, after=1)
 
     # From that checkpoint into another folder, which remembers it too.
     other = ground.run_dir("auto-rl-other")
     out = succeed(recipe, f"run_dir={other}", "--resume", str(resumed / "checkpoints" / "checkpoint-2"), launcher="python", env=ground.env).out
-    assert "as when the run began" in out and chosen(other) == narrow and checkpoints(other) == [3]
+    assert "from budget.json" in out and chosen(other) == narrow and checkpoints(other) == [3]
 
     # A fresh start chooses afresh.
     shutil.rmtree(other)
