@@ -34,7 +34,7 @@ CONFIGS = {**FAMILIES, "phi": PHI}
 def outcome(family: str, what: Recomputed, lora: bool, scalar: bool) -> dict[str, Tensor]:
     """Loss and gradients of a packed forward in float32."""
     torch.manual_seed(3)
-    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32, attn_implementation="sdpa")
     module: Any = ScalarModel(model.model, CONFIGS[family].hidden_size) if scalar else model
     fuse(module)
     pack_attention(module)
@@ -69,7 +69,7 @@ def test_the_same_bits(family: str, lora: bool, scalar: bool) -> None:
 
 
 def test_only_mlps_run_again() -> None:
-    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]))
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]), dtype=torch.float32)
     calls = {"q_proj": 0, "gate_proj": 0, "up_proj": 0}
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
