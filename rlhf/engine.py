@@ -37,7 +37,7 @@ from transformers.initialization import no_init_weights
 from rlhf.config import TrainedModelConfig
 from rlhf.distributed import World
 from rlhf.models.loading import Placement, weighted_bits
-from rlhf.models.lora import WeightSource
+from rlhf.models.lora import WeightSource, kept_whole
 from rlhf.rollout import HybridEngine
 
 logger = logging.getLogger(__name__)
@@ -220,8 +220,8 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     copies.start()
     pairs = [(s.weight, weights[s.name]) for s in layout]
     small = [p for s in layout if s.lora_a is not None for p in s.parameters[1:]]
-    adapters = {id(p): torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small}
-    for _ in _bring([(p, adapters[id(p)]) for p in small], world, Copies()):
+    adapters = {id(p): p.detach() if _shard(p) is None else torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small}
+    for _ in _bring([(p, adapters[id(p)]) for p in small if _shard(p) is not None], world, Copies()):
         pass
     checked = {(turn * CHECKED + i) % len(layout) for i in range(CHECKED)}
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -438,10 +438,11 @@ class TrainEngine:
         trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not trainable:
             raise ValueError(f"{name}: no trainable parameter")
+        zero = settings["zero_optimization"] = dict(settings["zero_optimization"])
         if self.stage == 3:
             fetch_by_layer(module)
+            zero.setdefault("stage3_param_persistence_threshold", kept_whole(module))
         # DeepSpeed allocates the whole bucket, by default 500 million gradients, also for a model that has fewer.
-        zero = settings["zero_optimization"] = dict(settings["zero_optimization"])
         zero.setdefault("reduce_bucket_size", min(500_000_000, sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings

@@ -27,7 +27,7 @@ from rlhf.models.checkpointing import decoder_layers, mlps
 from rlhf.models.fused import FAMILIES
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import read_architecture
-from rlhf.models.lora import add_adapters
+from rlhf.models.lora import add_adapters, kept_whole
 from rlhf.ops.head import CHUNK_BYTES
 from rlhf.rollout import EngineSettings
 from rlhf.rollout.decoder import is_lean
@@ -136,7 +136,7 @@ def blank_model(role: ModelConfig, architecture: PretrainedConfig, scalar: bool,
         if scalar:
             module = ScalarModel(module, architecture.get_text_config().hidden_size)
         if isinstance(role, TrainedModelConfig) and role.lora:
-            module = add_adapters(module, role.lora, seed).to(dtype)  # as DeepSpeed does
+            module = add_adapters(module, role.lora, seed)
     return module
 
 
@@ -171,7 +171,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     module = blank_model(role, architecture, scalar, torch.bfloat16 if size == 2 else torch.float32)
     parameters = list(module.parameters())
     shares, whole = ranks if stage == 3 else 1, sum(p.numel() for p in parameters)
-    threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
+    threshold = int(zero.get("stage3_param_persistence_threshold", kept_whole(module)))
     small = sum(p.numel() for p in parameters if p.numel() <= threshold) if shares > 1 else 0
     base = sum(p.numel() for p in parameters if not (trained and p.requires_grad)) if shares_base(role) else 0
     learns = [p.numel() for p in parameters if p.requires_grad] if trained else []

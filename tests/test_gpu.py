@@ -10,17 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.batching import MicroBatchPlan, collate
+from rlhf.batching import MicroBatchPlan, collate, pack
 from rlhf.config import TrainedModelConfig, resolve_deepspeed
 from rlhf.distributed import World, init_world
 from rlhf.models.forward import response_logprobs
-from rlhf.models.packing import pack_attention
+from rlhf.models.packing import pack_attention, packed_attention
+from rlhf.rollout import kernels
 from rlhf.rollout.sampler import gumbel_noise, row_keys
 from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
 from tests.helpers import VOCABULARY, deepspeed_block, draw, rollout_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(600)]
 
+CUDA = torch.device("cuda")
 IDS = torch.randint(4, VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(2))
 
 
@@ -77,6 +79,33 @@ def test_rollout_logprobs_are_near_the_training_forwards(models: Path, dtype: to
     distance = (scores - rollout.rollout_logprobs)[rollout.response_mask].abs()
     assert float(distance.mean()) < limit / 4
     assert float(distance.max()) < limit
+
+
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 14, 2), (64, 9, 3), (128, 28, 4), (128, 12, 2)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_decode_attention_is_the_training_forwards_bit_for_bit(dim: int, heads: int, kv_heads: int, window: int | None) -> None:
+    """One element in 50,000 that differs, from another order of a sum, is enough for every logprob to differ after some layers."""
+    contexts, page = [1, 2, 63, 64, 65, 127, 128, 129, 300, 449, 511, 512], 64
+    assert max(contexts) == kernels.SPLIT_TOKENS
+    packed, generator = pack(contexts).to(CUDA), torch.Generator(CUDA).manual_seed(dim + heads)
+    total = sum(contexts)
+    q, k, v = (
+        torch.randn(1, n, total, dim, generator=generator, device=CUDA).mul(size).bfloat16()
+        for n, size in ((heads, 3.0), (kv_heads, 1.0), (kv_heads, 1.0))  # peaked, so that the running maximum matters
+    )
+    module = torch.nn.Module()
+    expected, _ = packed_attention(module, q, k, v, None, scaling=dim**-0.5, sliding_window=window, packed=packed)
+    pages = max(contexts) // page
+    table = torch.arange(1, len(contexts) * pages + 1, dtype=torch.int32, device=CUDA).view(-1, pages)
+    pool = torch.zeros(2, len(contexts) * pages + 1, page, kv_heads, dim, dtype=torch.bfloat16, device=CUDA)
+    where = table[packed.row, packed.positions // page].long()
+    for which, tensor in enumerate((k, v)):
+        pool[which, where, packed.positions % page] = tensor[0].transpose(0, 1)
+    last = packed.boundaries[1:].long() - 1
+    queries = q[0].transpose(0, 1)[last].flatten(1).contiguous()
+    workspace = kernels.attention_workspace([len(contexts)], heads, kv_heads, dim, 2048, CUDA)
+    out = kernels.paged_attention(queries, heads, pool, table, packed.positions[last], dim**-0.5, window, 4, workspace)
+    assert torch.equal(out, expected[0, last])
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])

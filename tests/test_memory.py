@@ -132,7 +132,7 @@ def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointi
         pack_attention(module)
     plain = module
     if lora:
-        module = add_adapters(module, LoraConfig(r=8), 0).to(dtype)
+        module = add_adapters(module, LoraConfig(r=8), 0)
         plain.enable_input_require_grads()  # as under ZeRO-3: else the first norm keeps nothing
     fuse_head(plain)
     recompute(plain, checkpointing, "actor")

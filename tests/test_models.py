@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -133,6 +134,30 @@ def test_trap_14_adapters_off_is_the_base(models: Path, name: str) -> None:
     with adapters_off(model):
         assert torch.equal(logits(model), reference)
     assert torch.equal(logits(model), on)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_adapters_compute_what_pefts_own_forward_does(models: Path, name: str) -> None:
+    """Logits and gradients; qwen2 has biases. float64, so that only another formula would show."""
+    ours, theirs = (with_adapters(models / name).double() for _ in range(2))
+    patched = [layer for layer in theirs.modules() if isinstance(layer, LoraLayer)]
+    assert patched and all("forward" in vars(layer) for layer in patched)
+    for layer in patched:
+        del layer.forward
+    found = []
+    for model in (ours, theirs):
+        out = model(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        found.append({"logits": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("lora_A" in n for n in found[0])
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][key], atol=1e-9, rtol=1e-9)
+
+
+def test_adapters_are_of_the_bases_dtype(models: Path) -> None:
+    """ZeRO-3 casts nothing that was loaded in parts: float32 adapters in a bfloat16 model stay so, and each keeps a float32 copy of its input."""
+    model = add_adapters(causal(models / "llama").bfloat16(), LoraConfig(r=4), seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_adapters_start_equal_and_change_nothing(models: Path) -> None:

@@ -6,19 +6,23 @@ ever has to be switched for another, and each role computes bit for bit as on a 
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rlhf.config import LoraConfig
 from rlhf.models.heads import ScalarModel
@@ -31,7 +35,8 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 
 def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
-    """The module with adapters on; the same initial values on every rank. A scalar head keeps training whole."""
+    """The module with adapters on, in the base's dtype (ZeRO holds their float32 master weights); the same initial values on every rank. A scalar
+    head keeps training whole."""
     torch.manual_seed(seed)
     scalar = isinstance(module, ScalarModel)
     peft_config = PeftLoraConfig(
@@ -44,14 +49,58 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
         task_type=None if scalar else "CAUSAL_LM",
     )
     try:
-        wrapped: nn.Module = get_peft_model(module, peft_config)  # type: ignore[arg-type]
+        # peft would keep adapters in float32; under ZeRO-3 nobody casts them back, and every product would take a float32 copy of its input.
+        wrapped: nn.Module = get_peft_model(module, peft_config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"lora.target_modules={config.target_modules}: {error}") from None
     _check_targets(module, config)
     if scalar:
         for parameter in module.score.parameters():  # type: ignore[union-attr]
             parameter.requires_grad_(True)
+    for layer in module.modules():
+        if type(layer) is LoraLinear and type(layer.get_base_layer()) is nn.Linear:
+            layer.forward = functools.partial(_adapted, layer)  # type: ignore[method-assign]
     return wrapped
+
+
+def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """peft's forward, in products alone where it can be. Weights must be at hand: outside of a decoder layer, ZeRO-3 gathers in the hooks of the
+    modules that peft would call."""
+    base, (name,) = layer.base_layer, layer.lora_A.keys()
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    whole = (base.weight.shape, a.shape[1], b.shape[0]) == ((base.out_features, base.in_features), base.in_features, base.out_features)
+    plain = isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_variant and not layer.fan_in_fan_out
+    if args or options or layer.disable_adapters or layer.merged or not (whole and plain) or x.dtype != a.dtype:
+        out: Tensor = LoraLinear.forward(layer, x, *args, **options)
+        return out
+    out = _LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name])  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W' + bias + scale x A' B', and its gradients: the adapter is added by the products themselves, not by passes over tensors as wide as the
+    layer. x [..., in], W [out, in] and bias [out] frozen, A [r, in], B [out, r]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        inner = (rows @ a.t()).mul_(scale)
+        out.addmm_(inner, b.t())
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, weight, a, b, inner = ctx.saved_tensors
+        rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+        d_inner = (d_rows @ b).mul_(ctx.scale)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = (d_rows @ weight).addmm_(d_inner, a).view(x.shape)
+        return d_x, None, None, d_inner.t() @ rows, d_rows.t() @ inner, None
 
 
 def _check_targets(module: nn.Module, config: LoraConfig) -> None:
@@ -124,6 +173,12 @@ def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return wrapped
+
+
+def kept_whole(module: nn.Module) -> int:
+    """Elements up to which ZeRO-3 keeps a parameter on every rank where the DeepSpeed JSON does not say: DeepSpeed's own 100,000, and adapters, which
+    are small and many: gathered one by one, the 392 of a 7B model take longer than their bytes."""
+    return max([100_000, *(p.numel() for name, p in module.named_parameters() if ".lora_" in name)])
 
 
 def frozen_base(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -110,8 +110,9 @@ def write_cache(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, positions: Te
 # -------------------------------------------------------------------------------------------------------------- attention
 
 _LOG2E = 1.4426950408889634  # scores are scaled by it, too, so that powers of two will do; rounded to float32 once, as torch's flash attention does
-SPLIT_TOKENS = 256  # least context that is worth a program of its own
-ATTENTION_WARPS, ATTENTION_STAGES = 4, 2
+SPLIT_TOKENS = 512  # least context of a program; up to it attention is, bit for bit, the training forward's flash attention
+ATTENTION_WARPS = 1  # with more, a block's columns would be added up in another order than flash attention's
+ATTENTION_STAGES = 2
 
 
 def attention_block(dim: int) -> int:
@@ -188,7 +189,7 @@ def _paged_attention(
                 tl.store(VALUES + target + d, v_new, mask=d < D)
                 tl.debug_barrier()
         top = tl.full([GP], -1e30, tl.float32)
-        total = tl.zeros([GP], tl.float32)
+        total = tl.zeros([GP, 4], tl.float32)
         acc = tl.zeros([GP, DP], tl.float32)
         start_at = begin + split * span
         end_at = tl.minimum(start_at + span, context)
@@ -216,38 +217,46 @@ def _paged_attention(
             larger = tl.maximum(top, tl.max(x, 1))
             p = tl.exp2(x * factor - (larger * factor)[:, None])  # two roundings, as torch's flash attention has them
             shrink = tl.exp2((top - larger) * factor)
-            total = total * shrink + tl.sum(p, 1)
+            # Flash attention adds up probabilities in four sums, as its threads hold them, one after the other on top of what was there. So must this
+            # be: a warp has a block's columns where tensor cores leave them, and reduces what lies in one thread in order.
+            column = tl.reshape(tl.permute(tl.reshape(p, [GP, BN // 8, 4, 2]), [0, 2, 1, 3]), [GP, 4, BN // 4])
+            carried = tl.broadcast_to(total[:, :, None], column.shape)
+            continued = tl.fma(carried, tl.broadcast_to(shrink[:, None, None], column.shape), column)
+            total = tl.sum(tl.where(tl.arange(0, BN // 4)[None, None, :] == 0, continued, column), 2)
             v = tl.load(VALUES + where[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             top = larger
+        first_two, last_two = tl.split(tl.permute(tl.reshape(total, [GP, 2, 2]), [0, 2, 1]))
+        even, odd = tl.split(first_two + last_two)
+        mass = even + odd
         heads = head * G + g
         out = OUT + row * HQ * D + heads[:, None] * D + d[None, :]
         shown = (g < G)[:, None] & (d < D)[None, :]
         if parts == 1:
-            tl.store(out, (acc * tl.math.div_rn(1.0, total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
+            tl.store(out, (acc * tl.math.div_rn(1.0, mass)[:, None]).to(OUT.dtype.element_ty), mask=shown)
         else:
             piece = (row * splits + split) * HQ + heads
             tl.store(PARTIAL + piece[:, None] * D + d[None, :], acc, mask=shown)
             tl.store(STATISTICS + piece * 2, top, mask=g < G)
-            tl.store(STATISTICS + piece * 2 + 1, total, mask=g < G)
+            tl.store(STATISTICS + piece * 2 + 1, mass, mask=g < G)
             tl.debug_barrier()  # all of this program's stores, before it says that it is done
             before = tl.atomic_add(ARRIVED + row * HK + head, 1, sem="acq_rel")
             if before == parts - 1:  # the last to arrive puts the parts together, in their order
                 tl.debug_barrier()
                 top = tl.full([GP], -1e30, tl.float32)
-                total = tl.zeros([GP], tl.float32)
+                mass = tl.zeros([GP], tl.float32)
                 acc = tl.zeros([GP, DP], tl.float32)
                 for other in range(parts):
                     piece = (row * splits + other) * HQ + heads
                     its_top = tl.load(STATISTICS + piece * 2, mask=g < G, other=-1e30, cache_modifier=".cg")
-                    its_total = tl.load(STATISTICS + piece * 2 + 1, mask=g < G, other=0.0, cache_modifier=".cg")
+                    its_mass = tl.load(STATISTICS + piece * 2 + 1, mask=g < G, other=0.0, cache_modifier=".cg")
                     its = tl.load(PARTIAL + piece[:, None] * D + d[None, :], mask=shown, other=0.0, cache_modifier=".cg")
                     larger = tl.maximum(top, its_top)
                     mine, theirs = tl.exp2((top - larger) * factor), tl.exp2((its_top - larger) * factor)
                     acc = acc * mine[:, None] + its * theirs[:, None]
-                    total = total * mine + its_total * theirs
+                    mass = mass * mine + its_mass * theirs
                     top = larger
-                tl.store(out, (acc * tl.math.div_rn(1.0, total)[:, None]).to(OUT.dtype.element_ty), mask=shown)
+                tl.store(out, (acc * tl.math.div_rn(1.0, mass)[:, None]).to(OUT.dtype.element_ty), mask=shown)
                 tl.store(ARRIVED + row * HK + head, 0)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.batching import plan_micro_batches
-from rlhf.config import LoraConfig, TrainedModelConfig, resolve_deepspeed
+from rlhf.config import ROOT, LoraConfig, TrainedModelConfig, resolve_deepspeed
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, PartitionedPlacement, TrainEngine, full_tensors, learning_rate_at, loading_context
 from rlhf.experience import gather_rollout
@@ -300,6 +301,31 @@ def test_trap_32_bf16_gradients_are_summed_in_fp32(models: Path, stage: int) -> 
     in_bf16 = relative(rounded, exact)
     assert in_bf16 > 0.004
     assert relative(found, exact) < 0.3 * in_bf16  # stage 1 rounds the finished sum once, 0.0017; stage 3 does not
+
+
+# ---- adapters under ZeRO-3
+
+
+def held_adapters(world: World, folder: Path) -> None:
+    config = TrainedModelConfig(path=folder, dtype="float32", lora=LoraConfig(r=4096), learning_rate=0.01)
+    resolved = resolve_deepspeed(str(ROOT / "ds_configs/zero3.json"), dtype="float32", trained=True, micro_batch=1, world_size=2, on_gpu=False)
+    module = load_causal_lm(config, "actor", loading_context(resolved, world), world, torch.float32)
+    engine = TrainEngine(add_adapters(module, LoraConfig(r=4096), 0), config, resolved, world, 10, 0, "actor")
+    train(engine, world, 2)
+    adapters = [p for source in weight_layout(engine.module) for p in source.parameters[1:]]
+    assert max(p.numel() for p in adapters) > 100_000  # what DeepSpeed would keep by itself
+    assert all(p.ds_status == ZeroParamStatus.AVAILABLE for p in adapters)
+    layout = weight_layout(engine.module)
+    expected = {name: tensor.clone() for name, tensor in engine.full_tensors(layout)}
+    weights = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    assert int(engine.gather_into(layout, weights)) == 0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_adapters_are_on_every_rank(models: Path) -> None:
+    """Two ranks, the settings that users get: nobody gathers hundreds of small matrices for a forward or a hand-over."""
+    run_ranks(held_adapters, 2, models / "llama")
 
 
 # ---- trap 33
