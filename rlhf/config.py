@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -82,6 +83,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, frozen=True)
 
 
+Recomputed = bool | Literal["mlp"]  # of each decoder layer in the backward pass
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
@@ -111,7 +115,11 @@ class ModelConfig(Section):
 
 
 class TrainedModelConfig(ModelConfig):
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    gradient_checkpointing: bool | Literal["mlp", "auto"] = Field(
+        False,
+        description="recompute activations in the backward pass: of whole layers (true), or of their MLPs, the widest (mlp). auto: as little as "
+        "the memory plan has room for, false without a GPU",
+    )
     lora: LoraConfig | None = Field(None, description="train LoRA adapters instead of all weights")
     learning_rate: float = Field(1e-6, ge=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up, over the run's optimizer steps")
@@ -121,6 +129,13 @@ class TrainedModelConfig(ModelConfig):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="global gradient norm clip; 0 = off")
+
+    @property
+    def recomputed(self) -> Recomputed:
+        """`gradient_checkpointing`, once `auto` has been resolved (`memory.choose`)."""
+        if self.gradient_checkpointing == "auto":
+            raise RuntimeError("gradient_checkpointing=auto is read before it was resolved")
+        return self.gradient_checkpointing
 
 
 class CriticConfig(TrainedModelConfig):
@@ -350,8 +365,10 @@ class TrainConfig(Section):
     epochs: int = Field(1, ge=1, description="sft, reward_model: passes over the data, where `steps` is not given")
     batch: int = Field(64, ge=1, description="sft, reward_model: rows (pairs) per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="rows per forward on a rank (pairs for reward_model)")
-    micro_batch_tokens: int | None = Field(
-        None, ge=1, description="tokens per forward on a rank instead of rows: forwards of equal length, as few as will do; needs packing"
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="tokens per forward on a rank instead of rows: forwards of equal length, as few as will do; needs packing. auto: as many as "
+        "the memory plan has room for, 16,384 without a GPU",
     )
     packing: bool = Field(True, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
 
@@ -360,6 +377,13 @@ class TrainConfig(Section):
         if self.micro_batch_tokens and not self.packing:
             raise ValueError("micro_batch_tokens counts tokens of packed rows: leave out packing=false, or give micro_batch instead")
         return self
+
+    @property
+    def forward_tokens(self) -> int | None:
+        """`micro_batch_tokens`, once `auto` has been resolved (`memory.choose`)."""
+        if self.micro_batch_tokens == "auto":
+            raise RuntimeError("train.micro_batch_tokens=auto is read before it was resolved")
+        return self.micro_batch_tokens
 
 
 class ValidationConfig(Section):
@@ -539,7 +563,24 @@ def parse_config(tree: dict[str, Any], origin: str = "config", lines: dict[str, 
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(e, origin, lines or {}) for e in error.errors())) from None
+        raise ValueError("\n".join(_explain(e, origin, lines or {}) for e in _by_key(error.errors()))) from None
+
+
+_ALTERNATIVES = ("str", "int", "float", "bool", "none", "literal[", "list[", "dict[", "constrained-")  # pydantic's names for what a key may be
+
+
+def _by_key(errors: Iterable[Any]) -> list[dict[str, Any]]:
+    """One error for each key, where each thing that it may be had one of its own."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for error in errors:
+        place = tuple(error["loc"])
+        alternative = len(place) > 1 and str(place[-1]).startswith(_ALTERNATIVES) and ".".join(map(str, place)) not in flat_keys(Config)
+        place = place[:-1] if alternative else place
+        if alternative and place in found:
+            found[place]["msg"] += ", or: " + error["msg"]
+        else:
+            found[place if alternative else (*place, len(found))] = {**error, "loc": place}
+    return list(found.values())
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

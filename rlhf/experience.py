@@ -36,9 +36,10 @@ class ExperiencePasses:
 
 def scored_together(config: Config, lean: bool) -> int:
     """`ExperiencePasses.together` of a run; lean: actor and reference are of families whose head answers in chunks; logits of others exist whole."""
-    # With checkpointing the update's forwards may be as large as will fit.
-    checkpointing = config.actor.gradient_checkpointing or (config.algorithm.needs_critic and config.critic.gradient_checkpointing)
-    return 4 if config.train.packing and lean and not checkpointing else 1
+    # Where whole layers are computed again the update's forwards may be as large as will fit. Where only MLPs are, what attention keeps in all layers
+    # still is more than one layer's MLP has at once for four times the tokens.
+    layers_again = config.actor.recomputed is True or (config.algorithm.needs_critic and config.critic.recomputed is True)
+    return 4 if config.train.packing and lean and not layers_again else 1
 
 
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:

@@ -8,10 +8,11 @@ whatever lasts for less than a layer's backward pass.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from rlhf.config import Config, ModelConfig, TrainedModelConfig, hybrid_engine_words, role_dtype, role_settings, shares_base
+from rlhf.config import Config, ModelConfig, Recomputed, TrainedModelConfig, hybrid_engine_words, role_dtype, role_settings, shares_base
 from rlhf.experience import scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
+from rlhf.models.checkpointing import decoder_layers, mlps
 from rlhf.models.fused import FAMILIES
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import read_architecture
@@ -43,6 +45,9 @@ BUCKET = 500_000_000  # most elements of a gradient bucket (`TrainEngine`)
 # Activations
 
 
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
 def saved_per_token(
     shape: ModelShape, size: int, fused: bool, head_norms: bool = False, adapted: Iterable[str] | None = None, rank: int = 0
 ) -> dict[str, float]:
@@ -61,13 +66,13 @@ def saved_per_token(
     down = taken("down_proj") and not (fused and names is None)  # made again for a plain product (`gated_down`)
     terms = {
         "norms": norm_per_token(2 * s.hidden + width, 2 + count, size, fused, trains=names is None),
-        "products": size * (s.hidden * (taken("q_proj", "k_proj", "v_proj") + taken("gate_proj", "up_proj")) + s.inner * down),
+        "products": size * s.hidden * taken("q_proj", "k_proj", "v_proj"),
         "attention": 2 * (s.q_dim + s.kv_dim) * size + 4 * s.heads,  # q, k, v and what comes out; a log-sum-exp for each head
-        "activation": 2 * s.inner * size,
-        "adapters": rank * len(names or ()) * size,
+        "adapters": rank * len((names or set()) - MLP) * size,
+        "mlp": size * (s.hidden * taken("gate_proj", "up_proj") + s.inner * down + 2 * s.inner + rank * len((names or set()) & MLP)),
     }
     if not fused:
-        terms["activation"] += s.inner * size  # silu(gate)
+        terms["mlp"] += s.inner * size  # silu(gate)
     return {name: float(value) for name, value in terms.items()}
 
 
@@ -86,24 +91,30 @@ class Forward:
     tokens: int
     scored: int  # tokens that the head sees
     vocabulary: int  # 1: a scalar head
-    layer: float  # bytes that a layer keeps of a token
-    norm: float  # and the final norm
-    checkpointing: bool = False
+    layer: float  # bytes that a layer keeps of a token, if nothing is computed again
+    mlp: float  # of these its MLP
+    norm: float  # what the final norm keeps
+    checkpointing: Recomputed = False
     chunked: bool = True  # the head answers in chunks (`rlhf.ops.head`)
     head_trains: bool = True
 
+    @property
+    def again(self) -> float:
+        """Bytes of a token that the backward pass of a layer makes again, from `hidden` numbers that are kept in their place."""
+        return self.mlp if self.checkpointing == "mlp" else self.layer if self.checkpointing else 0.0
+
     def kept(self) -> float:
-        """From the forward to the backward pass: layers (their inputs only, under checkpointing), angles, final norm, head."""
+        """From the forward to the backward pass: layers (of what is computed again its input only), angles, final norm, head."""
         s, scalar = self.shape, self.vocabulary == 1
-        layers = s.layers * (s.hidden * self.size if self.checkpointing else self.layer)
+        layers = s.layers * (self.layer - self.again + (s.hidden * self.size if self.checkpointing else 0))
         head = 4 * s.hidden + 8 if scalar else self.size * s.hidden + (16 if self.chunked else 4 * self.vocabulary)
         return self.tokens * (layers + self.norm + self.size * 2 * s.head_dim + 8) + (self.tokens if scalar else self.scored) * head
 
     def passing(self, backward: bool) -> float:
-        """Beside that, at the worst moment: in the head, or in one layer (which is computed again first, under checkpointing)."""
+        """Beside that, at the worst moment: in the head, or in one layer (which is computed again first, as far as it is not kept)."""
         s, size = self.shape, self.size
         wide = max(3 * s.inner, 2 * s.q_dim + 2 * s.kv_dim + (2 * s.q_dim if backward else 0)) + 2 * s.hidden
-        layer = self.tokens * (size * wide + (self.layer if backward and self.checkpointing else 0))
+        layer = self.tokens * (size * wide + (self.again if backward else 0))
         if self.vocabulary == 1:
             return max(layer, 2.0 * self.tokens * 4 * s.hidden)
         logits = self.scored * self.vocabulary * size
@@ -141,6 +152,7 @@ class Held:
     buckets: float  # gradients on their way, while it learns
     master: float
     moments: float
+    mlps: bool  # checkpointing of MLPs alone is possible
     early: bool  # its moments exist before the first step
     step: float  # beside all that while weights are stepped, when activations are gone
     plain: float  # the whole model without adapters
@@ -189,6 +201,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     sent = master + moments if role.offload and trained else 0.0
     if sent:
         stepped += sent * min(1.0, SLOTS * PART / sharded)
+    saved = saved_per_token(shape, size, fused, head_norms, adapted, lora.r if lora else 0)
     return Held(
         weights=weights - visiting,
         visiting=visiting,
@@ -197,6 +210,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
         buckets=size * (copies * bucket + max(learns, default=0)),
         master=0.0 if sent else master,
         moments=0.0 if sent else moments,
+        mlps=_has_mlps(module),
         early=stage == 3,
         step=stepped,
         plain=float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n)),
@@ -207,24 +221,27 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
             tokens,
             scored=tokens,
             vocabulary=1 if scalar else text.vocab_size,
-            layer=sum(saved_per_token(shape, size, fused, head_norms, adapted, lora.r if lora else 0).values()),
+            layer=sum(saved.values()),
+            mlp=saved["mlp"],
             norm=norm_per_token(shape.hidden, 1, size, fused, lora is None),
-            checkpointing=isinstance(role, TrainedModelConfig) and role.gradient_checkpointing,
+            checkpointing=isinstance(role, TrainedModelConfig) and role.recomputed,
             chunked=text.model_type in FAMILIES,
             head_trains=lora is None,
         ),
     )
 
 
-def decoder_layers(module: nn.Module) -> nn.ModuleList:
-    """The decoder layers."""
-    return max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
+def _has_mlps(module: nn.Module) -> bool:
+    try:
+        return bool(mlps(module, ""))
+    except ValueError:
+        return False
 
 
 def largest_forward(config: Config, longest: int) -> int:
     """Tokens of the largest forward of the update on a rank, padding included. longest: tokens of the longest row (one side of a pair)."""
     train, sides = config.train, 2 if config.task == "reward_model" else 1
-    return max(train.micro_batch_tokens, sides * longest) if train.micro_batch_tokens else train.micro_batch * sides * longest
+    return max(train.forward_tokens, sides * longest) if train.forward_tokens else train.micro_batch * sides * longest
 
 
 def longest_row(config: Config) -> int:
@@ -272,12 +289,20 @@ class Plan:
         return lines + ([f"  the device has {self.capacity / GIB:.2f}"] if self.capacity else [])
 
 
+def device_capacity() -> int | None:
+    """Bytes of this rank's GPU, None without one."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
+
+
 def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, longest: int | None = None, on_gpu: bool = True) -> Plan:
     """roles: as `preflight.roles` lists them; longest: tokens of the longest row, if the data is known. The KV cache is bounded by the device, if
     there is one; else it has all that it asks for. Raises ValueError as `held_by` does."""
     longest = longest or longest_row(config)
     held = {name: held_by(config, name, role, ranks, longest, on_gpu) for name, role in roles}
-    capacity = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
+    return _plan(config, held, ranks, longest, on_gpu, device_capacity())
+
+
+def _plan(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None) -> Plan:
     always = {"CUDA" + (" and NCCL" if ranks > 1 else ""): CONTEXT + (NCCL if ranks > 1 else 0.0)}
     always |= {f"{name}: {item}": value for name, h in held.items() for item, value in h.items.items() if value}
     plan = Plan(capacity=capacity, on_host={name: h.on_host for name, h in held.items() if h.on_host})
@@ -318,7 +343,7 @@ def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks:
     def score(name: str) -> dict[str, float]:
         h, together = held[name], scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held))
         f = h.forward
-        wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.norm, chunked=f.chunked)
+        wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.mlp, f.norm, chunked=f.chunked)
         return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
     plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})
@@ -386,7 +411,10 @@ class MemoryMeter:
 # The budget
 
 ROUND = 256  # tokens: a budget is a multiple of it
-BUDGET = "budget.json"  # in the run folder: {key: value} of what was made smaller than the recipe has it
+BUDGET = "budget.json"  # in the run folder: {key: value} of what was made smaller than the recipe has it, and under CHOSEN of what it leaves `auto`
+CHOSEN = "chosen"
+TOKENS = "train.micro_batch_tokens"
+Value = int | str  # of a key; bool is an int
 
 
 def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
@@ -400,34 +428,175 @@ def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
     else:
         key, value, least = ("train.micro_batch", train.micro_batch // 2, 1)
         mend = "set gradient_checkpointing or rollout.release, lower rollout.memory_fraction or the longest row, or use more ranks under ZeRO-3"
-        if train.micro_batch_tokens:
-            key, value, least = "train.micro_batch_tokens", int(train.micro_batch_tokens * 0.8) // ROUND * ROUND, ROUND
-            if largest_forward(config, longest) > train.micro_batch_tokens:
+        if train.forward_tokens:
+            key, value, least = TOKENS, int(train.forward_tokens * 0.8) // ROUND * ROUND, ROUND
+            if largest_forward(config, longest) > train.forward_tokens:
                 value = 0  # a row has a forward of its own already
     if value < least:
         raise ValueError(f"out of memory in phase {phase!r}, and {key} cannot be smaller: {mend}")
     return key, value
 
 
-def with_value(config: Config, key: str, value: int) -> Config:
+def with_value(config: Config, key: str, value: Value) -> Config:
     section, name = key.split(".")
     return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
 
 
-def read_budget(config: Config) -> Config:
-    """The recipe with what earlier starts of this run folder have agreed on, where that is smaller."""
-    file = config.run_dir / BUDGET
-    given: dict[str, int] = json.loads(file.read_text()) if file.is_file() else {}
-    for key, value in given.items():
-        section, name = key.split(".")
-        if value < (getattr(getattr(config, section), name) or 0):  # a recipe that budgets otherwise now is left alone
+def with_values(config: Config, values: Mapping[str, Value]) -> Config:
+    for key, value in values.items():
+        config = with_value(config, key, value)
+    return config
+
+
+def value_of(config: Config, key: str) -> Value | None:
+    section, name = key.split(".")
+    value: Value | None = getattr(getattr(config, section), name)
+    return value
+
+
+def read_budget(config: Config, origin: Path | None = None) -> Config:
+    """The recipe with what earlier starts of this run folder have agreed on, where that is smaller.
+
+    origin: the run folder whose checkpoint the run goes on from; what was chosen there for `auto` is taken. None: it is left to be chosen afresh.
+    """
+    taken = _kept(origin) if origin else {}
+    for key, value in taken.get(CHOSEN, {}).items():
+        if value_of(config, key) == "auto":
+            config = with_value(config, key, min(value, taken.get(key, value)) if key == TOKENS else value)
+    for key, value in _kept(config.run_dir).items():
+        now = value_of(config, key) if key != CHOSEN else None
+        if isinstance(now, int) and value < now:  # a recipe that budgets otherwise now is left alone
             config = with_value(config, key, value)
     return config
 
 
-def write_budget(run_dir: Path, rank: int, key: str, value: int) -> None:
+def _kept(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / BUDGET
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return kept
+
+
+def write_budget(run_dir: Path, rank: int, key: str, value: Any) -> None:
     """Several ranks may write, the same."""
     file, own = run_dir / BUDGET, run_dir / f".{BUDGET}-{rank}"
-    kept = json.loads(file.read_text()) if file.is_file() else {}
-    own.write_text(json.dumps({**kept, key: value}) + "\n")
+    own.write_text(json.dumps({**_kept(run_dir), key: value}) + "\n")
     os.replace(own, file)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# What the recipe leaves to the plan
+
+MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
+ENOUGH = (4_096, 8_192)  # tokens from which on a forward is efficient; fewer are worth a recomputation. The more the smaller a layer is:
+HIDES_HOST = 5e11  # multiply-adds of a layer's forward, 2 ms on an H100, beside which what it costs the host is believed to be hidden
+MOST = 32_768  # tokens above which nothing is gained
+WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "gradient_checkpointing": False}
+LEVELS: tuple[Recomputed, ...] = (False, "mlp", True)  # by what they cost
+
+
+def open_choices(config: Config) -> list[str]:
+    """Keys of what this run computes with that are `auto`."""
+    trained = {"sft": ["actor"], "reward_model": ["reward_model"], "rl": ["actor"] + ["critic"] * config.algorithm.needs_critic}[config.task]
+    return [key for key in (TOKENS, *(f"{name}.gradient_checkpointing" for name in trained)) if value_of(config, key) == "auto"]
+
+
+def choose(
+    config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, capacity: int | None, longest: int | None = None
+) -> tuple[dict[str, Value], str]:
+    """Values for the keys that are `auto`, and a line that says why; a function of its arguments alone.
+
+    capacity: bytes of the smallest rank's device, None without one. roles, longest: as for `plan_memory`. The budget of tokens is the largest whose
+    update and scoring phases fit; checkpointing is the least with which it is ENOUGH (or all there is), or that of the largest budget if it never is.
+    """
+    keys, longest = open_choices(config), longest or longest_row(config)
+    without: dict[str, Value] = {key: WITHOUT_GPU[key.split(".")[1]] for key in keys}
+    if capacity is None:
+        return without, _line(without, "no GPU to measure by")
+    blank = with_values(config, without)  # which values these are does not matter here
+    sections = [key.split(".")[0] for key in keys if key != TOKENS]
+    try:
+        plain = [(name, role.model_copy(update={"gradient_checkpointing": False}) if name in sections else role) for name, role in roles]
+        held = {name: held_by(blank, name, role, ranks, longest) for name, role in plain}
+    except Exception as error:  # a forecast that fails is no reason not to train
+        return without, _line(without, f"no plan of the memory: {error}")
+    room, gib = capacity * (1 - MARGIN), f"{capacity / GIB:.1f} GiB less {MARGIN:.0%}"
+
+    def values(levels: Sequence[Recomputed], tokens: int) -> dict[str, Value]:
+        names = (f"{name}.gradient_checkpointing" for name in sections)
+        return {**({TOKENS: tokens} if TOKENS in keys else {}), **dict(zip(names, levels, strict=True))}
+
+    def fullest(levels: Sequence[Recomputed], tokens: int) -> tuple[float, str]:
+        """(bytes, name) of the largest phase that depends on the choice."""
+        chosen, level = with_values(blank, values(levels, tokens)), dict(zip(sections, levels, strict=True))
+        size = largest_forward(chosen, longest)
+        wanted = {
+            name: replace(h, forward=replace(h.forward, tokens=size, scored=size, checkpointing=level.get(name, h.forward.checkpointing)))
+            for name, h in held.items()
+        }
+        plan = _plan(chosen, wanted, ranks, longest, True, capacity)
+        return max((plan.total(phase), phase) for phase in plan.phases if phase != "gen")
+
+    row = longest * (2 if config.task == "reward_model" else 1)
+    if TOKENS in keys:
+        least = _rounded(row)
+        most = max(least, min(MOST, _rounded(_share(config, ranks) * row)))
+    else:  # the recipe's own
+        least = most = largest_forward(blank, longest)
+    shapes = [held[name].forward.shape for name, role in roles if isinstance(role, TrainedModelConfig)]
+    layer = min(shape.block_params / shape.layers for shape in shapes)
+    enough = min(max(ENOUGH[0], least, min(ENOUGH[1], int(HIDES_HOST / layer))), most)
+
+    def budget(levels: Sequence[Recomputed]) -> int:
+        """The largest that fits, by halving; 0 if none does."""
+        low, high = 0, (most - least) // ROUND + 1  # steps above the least: all below `low` fit, those from `high` on are not to be tried
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if fullest(levels, least + middle * ROUND)[0] <= room else (low, middle)
+        return least + (low - 1) * ROUND if low else 0
+
+    options = [LEVELS if held[name].mlps else (False, True) for name in sections]
+    passed: list[tuple[int, tuple[Recomputed, ...]]] = []
+    for levels in sorted(itertools.product(*options), key=_cost):
+        tokens = budget(levels)
+        if tokens >= enough:
+            break
+        passed.append((tokens, levels))
+    else:
+        tokens, levels = max(reversed(passed), key=lambda found: found[0])
+    found = values(levels, tokens or least)
+    size, phase = fullest(levels, tokens or least)
+    why = f"{phase} takes {size / GIB:.1f} of {gib}"
+    if not tokens:
+        return found, _line(found, f"{why}, though nothing smaller can be chosen: it may run out of memory")
+    if TOKENS in keys and tokens == most:
+        why += ", and larger forwards would not be faster" if most == MOST else ", and larger forwards have no rows to take"
+    if others := [(count, _named(sections, other)) for count, other in passed if _cost(other) < _cost(levels)]:
+        why += f"; at most {max(others)[0]} tokens fit with {max(others)[1]}"
+    return found, _line(found, f"{why} (rows of at most {longest} tokens)")
+
+
+def _cost(levels: Sequence[Recomputed]) -> tuple[int, int]:
+    ranks = [LEVELS.index(level) for level in levels]
+    return sum(ranks), max(ranks, default=0)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // ROUND) * ROUND
+
+
+def _share(config: Config, ranks: int) -> int:
+    """Rows (pairs) of an optimizer step on a rank."""
+    rows = config.rollout.prompts * config.rollout.group_size // config.algorithm.minibatches if config.task == "rl" else config.train.batch
+    return -(-rows // ranks)
+
+
+def _named(sections: Sequence[str], levels: Sequence[Recomputed]) -> str:
+    return " ".join(f"{name}={_text(level)}" for name, level in zip(sections, levels, strict=True))
+
+
+def _text(value: Value) -> str:
+    return str(value).lower()
+
+
+def _line(values: Mapping[str, Value], why: str) -> str:
+    return f"auto: {' '.join(f'{key}={_text(value)}' for key, value in values.items())}: {why}"

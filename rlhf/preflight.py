@@ -21,8 +21,9 @@ from rlhf.config import (
     to_yaml,
 )
 from rlhf.distributed import launch_environment
-from rlhf.memory import plan_memory
+from rlhf.memory import blank_model, choose, device_capacity, open_choices, plan_memory, with_values
 from rlhf.metrics import model_shape
+from rlhf.models.checkpointing import mlps
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
@@ -44,6 +45,8 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         architecture = read_architecture(role, name)
         if config.train.packing:
             check_packing(architecture, name, role.trust_remote_code)
+        if isinstance(role, TrainedModelConfig) and role.gradient_checkpointing == "mlp":
+            mlps(blank_model(role.model_copy(update={"lora": None}), architecture, name != "actor", torch.bfloat16), name)
         role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
     if config.task == "rl":
         hybrid_engine_words(config)
@@ -74,16 +77,22 @@ def _check_tokenizers(config: Config) -> None:
 
 
 def describe(config: Config) -> str:
-    """Resolved config, batch arithmetic, and which model sits where under which DeepSpeed settings."""
+    """Resolved config, batch arithmetic, and which model sits where under which DeepSpeed settings. What is `auto` is chosen for the GPU here,
+    if there is one, and the longest row that the recipe allows; a run knows its data."""
     world_size = launch_environment()[1]
     on_gpu = torch.cuda.is_available()
     check(config, world_size, on_gpu)
+    chosen: list[str] = []
+    if open_choices(config):
+        values, line = choose(config, roles(config), world_size, device_capacity())
+        config, chosen = with_values(config, values), ["", line]
     lines = [
         to_yaml(config),
         f"ranks: {world_size} ({'GPU' if on_gpu else 'CPU'})",
         "",
         "batch arithmetic",
         *(f"  {line}" for line in arithmetic(config, world_size)),
+        *chosen,
     ]
     lines += ["", "models"]
     for name, role in roles(config):
@@ -115,19 +124,22 @@ def describe(config: Config) -> str:
 
 
 def arithmetic(config: Config, world_size: int) -> list[str]:
-    micro = config.train.micro_batch
+    micro, tokens = config.train.micro_batch, config.train.forward_tokens
+
+    def forwards(rows: int) -> str:
+        count = f"forwards of at most {tokens} tokens" if tokens else f"{-(-rows // (micro * world_size))} forwards of {micro} rows"
+        return f"{count} on each of {world_size} ranks"
+
     if config.task != "rl":
-        forwards = -(-config.train.batch // (micro * world_size))
-        return [f"one optimizer step = {config.train.batch} rows = {forwards} forwards of {micro} rows on each of {world_size} ranks"]
+        return [f"one optimizer step = {config.train.batch} rows = {forwards(config.train.batch)}"]
     rollout, algorithm = config.rollout, config.algorithm
     rows = rollout.prompts * rollout.group_size
     minibatch = rows // algorithm.minibatches
-    forwards = -(-minibatch // (micro * world_size))
     return [
         f"one rollout batch = {rollout.prompts} prompts x {rollout.group_size} samples = {rows} responses of at most {rollout.max_new_tokens} tokens",
         f"  {-(-rollout.prompts // world_size)} prompts on a rank, decoded in batches of at most {rollout.max_batch} rows",
         f"one step = {algorithm.epochs} epochs x {algorithm.minibatches} minibatches = {algorithm.epochs * algorithm.minibatches} optimizer steps",
-        f"one minibatch = {minibatch} responses = {forwards} forwards of {micro} rows on each of {world_size} ranks",
+        f"one minibatch = {minibatch} responses = {forwards(minibatch)}",
         f"whole run = {config.train.steps} steps, {(config.train.steps or 0) * rows} responses",
     ]
 

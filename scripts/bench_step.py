@@ -32,6 +32,7 @@ from rlhf.distributed import World, init_world
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.experience import gather_rollout, scored_together
 from rlhf.metrics import PhaseTimer
+from rlhf.models.checkpointing import recompute
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import adapters_off, add_adapters, weight_layout
@@ -65,13 +66,14 @@ class NoText:
 
 
 def recipe(args: argparse.Namespace) -> Config:
-    trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": args.checkpointing, "offload": args.offload}
+    checkpointing = {"false": False, "true": True}.get(args.checkpointing, args.checkpointing)
+    trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": checkpointing, "offload": args.offload}
     tree: dict[str, Any] = {
         "task": "rl",
         "run_dir": "unused",
         "deepspeed": f"ds_configs/zero{args.zero}.json",
         "actor": trained | ({"lora": {"r": args.lora, "target_modules": "all-linear"}} if args.lora else {}),
-        "critic": {"gradient_checkpointing": args.checkpointing, "offload": args.offload},
+        "critic": {"gradient_checkpointing": checkpointing, "offload": args.offload},
         "reference": {"offload": args.offload},
         "reward": {"components": [{"function": "exact_match"}]},
         "data": {"train": [{"path": "none.jsonl"}]},
@@ -114,8 +116,7 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
         if role.lora:
             module = add_adapters(module, role.lora, 0)
         fuse_head(plain)
-        if role.gradient_checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        recompute(module, role.recomputed, name)
         return TrainEngine(module, role, settings, world, 100, 0, name)
 
     actor = trained(config.actor, "actor")
@@ -320,7 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters, on all linear layers")
     parser.add_argument("--no_reference", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--checkpointing", nargs="?", const="true", default="false", choices=("false", "true", "mlp"), help="gradient checkpointing")
     parser.add_argument("--offload", action="store_true", help="master weights, moments and the reference on the host while unused")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
     parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")

@@ -130,7 +130,7 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 def _type_text(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _type_text(arguments[0])
+        return _type_text(arguments[0]) + "".join(_bounds(rule) for rule in arguments[1:] if isinstance(rule, FieldInfo))
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):

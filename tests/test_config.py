@@ -115,6 +115,15 @@ def test_shipped_recipes_are_valid(recipe_file: Path) -> None:
             ("  steps: 10", "  steps: 10\n  packing: false\n  micro_batch_tokens: 64"),
             r"`train`: micro_batch_tokens counts tokens of packed rows: leave out packing=false",
         ),
+        (
+            ("  steps: 10", "  steps: 10\n  micro_batch_tokens: many"),
+            r"recipe.yaml:\d+: `train.micro_batch_tokens`: .*valid integer.*, or: .*'auto' \(given: 'many'\)$",
+        ),
+        (
+            ("  learning_rate: 2e-6", "  gradient_checkpointing: full"),
+            r"recipe.yaml:5: `actor.gradient_checkpointing`: .*valid boolean.*'mlp' or 'auto'",
+        ),
+        (("  steps: 10", "  steps: 10\n  packing: false\n  micro_batch_tokens: auto"), r"micro_batch_tokens counts tokens of packed rows"),
         (("  group_size: 4", "  top_k: 5"), r"trap 18\): remove them; they belong in validation"),
         (("task: rl", "task: dpo"), r"recipe.yaml:1: `task`: .*'sft', 'reward_model' or 'rl' \(given: 'dpo'\)"),
         (("task: rl", "task: [rl"), r"recipe.yaml: not valid YAML"),

@@ -280,6 +280,7 @@ def test_a_component_that_is_only_measured_loses_no_sample() -> None:
         ({"train": {"packing": False}}, True, 1),
         ({"actor": {"gradient_checkpointing": True}}, True, 1),
         ({"critic": {"gradient_checkpointing": True}}, True, 1),
+        ({"actor": {"gradient_checkpointing": "mlp"}}, True, 4),
     ],
 )
 def test_forwards_are_scored_together_only_where_there_is_room(models: Path, sections: dict[str, Any], lean: bool, together: int) -> None:

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.batching import pack
 from rlhf.config import LoraConfig
+from rlhf.models.checkpointing import recompute
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
@@ -347,7 +348,7 @@ def test_other_rotations_stay_as_they_are(forced: Counter[str]) -> None:
 
 @in_kernels
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", ["plain", "checkpointing", "lora"])
+@pytest.mark.parametrize("way", ["plain", "checkpointing", "mlp", "lora"])
 def test_whole_models(forced: Counter[str], family: str, way: str) -> None:
     config, modules = FAMILIES[family]
     ids, models = IDS[:, :5].to(DEVICE), [build(config).to(DEVICE) for _ in range(2)]
@@ -355,13 +356,13 @@ def test_whole_models(forced: Counter[str], family: str, way: str) -> None:
         models = [add_adapters(model, LoraConfig(r=2), 3) for model in models]
     unfused = outcome(models[0], ids)
     assert not forced and fuse(models[1]) == modules
-    if way == "checkpointing":
-        models[1].gradient_checkpointing_enable({"use_reentrant": False})
+    if way in ("checkpointing", "mlp"):
+        recompute(models[1], way == "checkpointing" or "mlp", "actor")
         models[1].train()
     found = outcome(models[1], ids)
-    times = 2 if way == "checkpointing" else 1
+    layers, activations = (2 if way == "checkpointing" else 1), (2 if way in ("checkpointing", "mlp") else 1)
     activation = "_SiluMul" if family == "llama" or way == "lora" else "_GatedDown"  # a bias or an adapter on the last product keeps it apart
-    assert forced == {"_RmsNorm": (modules - 3) * times + 1, activation: 2 * times, "_Rotate": 2 * times}
+    assert forced == {"_RmsNorm": (modules - 3) * layers + 1, activation: 2 * activations, "_Rotate": 2 * layers}
     assert found.keys() == unfused.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, unfused[name], atol=1e-4 * float(unfused[name].abs().max()), rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -10,26 +10,32 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from rlhf import memory
 from rlhf.batching import pack
-from rlhf.config import Config, LoraConfig
+from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config
 from rlhf.memory import (
     GIB,
     MemoryMeter,
     Plan,
     blank_model,
+    choose,
     largest_forward,
+    longest_row,
     norm_per_token,
+    open_choices,
     plan_memory,
     read_budget,
     saved_per_token,
     smaller,
+    with_value,
+    with_values,
     write_budget,
 )
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
+from rlhf.models.checkpointing import recompute
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
@@ -83,7 +89,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()))
 
 
-def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: bool) -> int:
+def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: Recomputed) -> int:
     """Bytes that a forward keeps for its backward pass, each storage once, parameters left out."""
     rows, width = len(LENGTHS), max(LENGTHS)
     tokens, size = sum(LENGTHS) if packed else rows * width, next(module.parameters()).element_size()
@@ -112,10 +118,10 @@ def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: bool) -> 
         else:
             result = logprobs_of(module, inputs_of(ids, None), torch.arange(width - 1), ids[:, 1:], 1.0)[0].sum()
     assert result.requires_grad
-    return sum(found.values()) + checkpointing * angles
+    return sum(found.values()) + (checkpointing is True) * angles
 
 
-def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool) -> torch.nn.Module:
+def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool) -> torch.nn.Module:
     architecture = FAMILIES[family]
     make: Any = AutoModel if scalar else AutoModelForCausalLM
     module: Any = make.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
@@ -127,35 +133,39 @@ def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointi
     plain = module
     if lora:
         module = add_adapters(module, LoraConfig(r=8), 0)
+        plain.enable_input_require_grads()  # as under ZeRO-3: else the first norm keeps nothing
     fuse_head(plain)
-    if checkpointing:
-        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(plain, checkpointing, "actor")
     return module.train()
 
 
-def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool, in_kernels: bool) -> float:
+def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, in_kernels: bool) -> float:
     """Through `held_by`'s formulas, on this test's tokens."""
     shape, names = model_shape(FAMILIES[family]), ("q", "k", "v", "o", "gate", "up", "down")
     adapted = [f"{n}_proj" for n in names] if lora else None
     size = dtype.itemsize
-    layer = sum(saved_per_token(shape, size, in_kernels, family == "qwen3", adapted, 8 if lora else 0).values())
+    saved = saved_per_token(shape, size, in_kernels, family == "qwen3", adapted, 8 if lora else 0)
+    layer, mlp = sum(saved.values()), saved["mlp"]
     norm = norm_per_token(shape.hidden, 1, size, in_kernels, trains=not lora)
     tokens = sum(LENGTHS) if packed else len(LENGTHS) * max(LENGTHS)
     scored = tokens - 1 if packed else tokens - len(LENGTHS)
-    return memory.Forward(shape, size, tokens, scored, 1 if scalar else 300, layer, norm, checkpointing, head_trains=not lora).kept()
+    return memory.Forward(shape, size, tokens, scored, 1 if scalar else 300, layer, mlp, norm, checkpointing, head_trains=not lora).kept()
 
 
 VARIANTS = [
     (packed, lora, checkpointing, scalar)
     for packed in (True, False)
-    for lora, checkpointing, scalar in ((False, False, False), (True, False, False), (False, True, False), (False, False, True), (True, True, True))
+    for lora, checkpointing, scalar in (
+        *((False, False, False), (True, False, False), (False, True, False), (False, False, True), (True, True, True)),
+        *((False, "mlp", False), (True, "mlp", False), (True, "mlp", True)),
+    )
 ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("packed", "lora", "checkpointing", "scalar"), VARIANTS)
 def test_activations_in_kernels(
-    family: str, packed: bool, lora: bool, checkpointing: bool, scalar: bool, kernels: None, monkeypatch: pytest.MonkeyPatch
+    family: str, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
     found = kept_bytes(built(family, torch.bfloat16, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
@@ -166,7 +176,7 @@ def test_activations_in_kernels(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("packed", "lora", "checkpointing", "scalar"), VARIANTS)
 def test_activations_in_plain_torch(
-    family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: bool, scalar: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
     found = kept_bytes(built(family, dtype, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
@@ -293,11 +303,13 @@ def test_budget_is_kept(recipe: Any) -> None:
 # The probe
 
 
+@pytest.mark.parametrize("checkpointing", [False, "mlp"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 @pytest.mark.parametrize("name", ["actor", "critic"])
-def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, recipe: Any) -> None:
+def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, checkpointing: Recomputed, recipe: Any) -> None:
     """And nothing random is drawn for it."""
-    role = dict(roles(recipe(2, actor={"lora": lora}, critic={"lora": lora})))[name]
+    trained = {"lora": lora, "gradient_checkpointing": checkpointing}
+    role = dict(roles(recipe(2, actor=trained, critic=trained)))[name]
     torch.manual_seed(5)
     before = torch.get_rng_state()
     made = stand_in(role, name, True, torch.bfloat16, torch.device("cpu"))
@@ -306,7 +318,165 @@ def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, recipe: Any) 
     assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in whole.parameters())
     fuse(whole)
     pack_attention(whole)
-    fuse_head(whole.get_base_model() if lora else whole)
+    plain = whole.get_base_model() if lora else whole
+    fuse_head(plain)
+    recompute(plain, checkpointing, name)
     # Its parameters are fewer, so what only they keep is found by the same means in both.
     found = [kept_bytes(module, True, name == "critic", False) for module in (made, whole)]
     assert found[0] == found[1]
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# What the recipe leaves to the plan
+
+_QWEN_7B = Qwen2Config(
+    vocab_size=152_064,
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the size of Qwen2.5-7B, without a weight in it."""
+    folder = tmp_path_factory.mktemp("7B")
+    _QWEN_7B.save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture
+def auto(large: Path, tmp_path: Path) -> Any:
+    def make(task: str = "rl", tokens: Any = "auto", checkpointing: Any = "auto", **sections: Any) -> Config:
+        role = {"path": large, "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
+        tree: dict[str, Any] = {
+            "task": task,
+            "run_dir": tmp_path,
+            "actor": role,
+            "reward_model": role if task == "reward_model" else {},
+            "critic": {"dtype": "bfloat16", "gradient_checkpointing": checkpointing},
+            "reference": {"dtype": "bfloat16"},
+            "reward": {"components": {"function": "exact_match"}},
+            "data": {"train": {"path": "none.jsonl"}, "max_prompt_tokens": 512, "max_tokens": 2048},
+            "rollout": {"prompts": 128, "group_size": 8, "max_new_tokens": 1024},
+            "algorithm": {"name": "grpo", "kl": {"coef": 0.001}},
+            "train": {"steps": 1, "micro_batch_tokens": tokens},
+        }
+        return parse_config({**tree, **{name: {**tree.get(name, {}), **section} for name, section in sections.items()}})
+
+    return make
+
+
+def chosen(config: Config, gib: float | None, ranks: int = 8) -> tuple[Config, str]:
+    values, line = choose(config, roles(config), ranks, None if gib is None else int(gib * GIB))
+    assert set(values) == set(open_choices(config))
+    resolved = with_values(config, values)
+    assert not open_choices(resolved)
+    return resolved, line
+
+
+def needed(config: Config, gib: float, ranks: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """GiB of the largest phase that depends on the choice, by the plan of the resolved recipe on such a device."""
+    monkeypatch.setattr(memory, "device_capacity", lambda: int(gib * GIB))
+    plan = plan_memory(config, roles(config), ranks)
+    return max(plan.total(phase) for phase in plan.phases if phase != "gen") / GIB
+
+
+@pytest.mark.parametrize(
+    ("task", "sections"),
+    [
+        ("rl", {}),
+        ("rl", {"rollout": {"release": True}, "actor": {"lora": {"r": 64}}}),
+        ("rl", {"algorithm": {"name": "ppo"}}),
+        ("rl", {"rollout": {"cache_tokens": 100_000}}),
+        ("sft", {}),
+        ("reward_model", {}),
+    ],
+)
+def test_what_is_chosen_fits_and_more_memory_costs_no_speed(task: str, sections: dict[str, Any], auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, name = auto(task, **sections), "reward_model" if task == "reward_model" else "actor"
+    before, seen = (0, -9, 0), set()
+    for gib in (24, 40, 48, 56, 64, 72, 80, 96, 112, 141, 192, 288):
+        found, line = chosen(config, gib)
+        role, tokens = getattr(found, name), found.train.forward_tokens
+        assert tokens is not None and tokens % 256 == 0 and longest_row(config) <= tokens <= memory.MOST
+        assert f"train.micro_batch_tokens={tokens}" in line and f"{name}.gradient_checkpointing={str(role.recomputed).lower()}" in line
+        level = -sum(memory.LEVELS.index(trained.recomputed) for _, trained in roles(found) if isinstance(trained, TrainedModelConfig))
+        fits = needed(found, gib, 8, monkeypatch) <= gib * (1 - memory.MARGIN)
+        assert fits == ("it may run out of memory" not in line)
+        now = (int(fits), level, tokens)  # with as much recomputation the budget never falls, and recomputation never grows
+        assert now >= before, (gib, now, before)
+        if fits and tokens < memory.MOST and "no rows to take" not in line:  # nothing larger fits
+            assert needed(with_value(found, "train.micro_batch_tokens", tokens + 256), gib, 8, monkeypatch) > gib * (1 - memory.MARGIN)
+        assert ("tokens fit with" in line) == (level < 0 and fits)
+        before = now
+        seen.add(role.recomputed)
+    assert before[:2] == (1, 0) and len(seen) > 1
+
+
+def test_checkpointing_for_a_budget_of_the_recipe(auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    for gib in (24, 60, 80, 100, 141, 288):
+        found, _ = chosen(auto(tokens=16_384), gib)
+        assert found.train.forward_tokens == 16_384
+        levels.append(memory.LEVELS.index(found.actor.recomputed))
+        assert needed(found, gib, 8, monkeypatch) <= gib * (1 - memory.MARGIN) or levels[-1] == 2
+    assert levels == sorted(levels, reverse=True) and set(levels) == {0, 1, 2}
+    assert open_choices(auto(tokens=16_384, checkpointing="mlp")) == []
+
+
+def test_a_budget_for_checkpointing_of_the_recipe(auto: Any) -> None:
+    budgets = [chosen(auto(checkpointing=what), 80)[0].train.forward_tokens or 0 for what in (False, "mlp", True)]
+    assert budgets[0] < budgets[1] < budgets[2]
+    assert chosen(auto(checkpointing="mlp"), 80)[0].actor.recomputed == "mlp"
+
+
+def test_budget_is_no_more_than_there_is_to_compute(auto: Any) -> None:
+    few = auto(rollout={"prompts": 8, "group_size": 2, "max_new_tokens": 1024})
+    found, line = chosen(few, 288)
+    assert found.train.forward_tokens == 2 * 1536 and found.actor.recomputed is False and "no rows to take" in line  # two rows on each of 8 ranks
+    long = auto(rollout={"prompts": 128, "group_size": 8, "max_new_tokens": 40_000})
+    assert chosen(long, 288)[0].train.forward_tokens == 40_704  # the longest row is larger than what is worth while
+
+
+def test_a_device_that_is_too_small(auto: Any) -> None:
+    found, line = chosen(auto(), 12)
+    assert (found.train.forward_tokens, found.actor.recomputed) == (1536, True)
+    assert "update_actor takes" in line and "it may run out of memory" in line
+
+
+def test_without_a_gpu(auto: Any) -> None:
+    found, line = chosen(auto(), None)
+    assert (found.train.forward_tokens, found.actor.recomputed) == (16_384, False)
+    assert line == "auto: train.micro_batch_tokens=16384 actor.gradient_checkpointing=false: no GPU to measure by"
+    for read in (lambda: auto().train.forward_tokens, lambda: auto().actor.recomputed):
+        with pytest.raises(RuntimeError, match="auto is read before it was resolved"):
+            read()
+
+
+def test_layers_without_a_known_mlp_are_computed_again_as_a_whole(auto: Any, tmp_path: Path) -> None:
+    OPTConfig(hidden_size=4096, ffn_dim=16_384, num_hidden_layers=32, num_attention_heads=32).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    config = auto(actor={"path": tmp_path, "gradient_checkpointing": "auto", "dtype": "bfloat16"})
+    assert {chosen(config, gib)[0].actor.recomputed for gib in (24, 48, 64, 80, 100, 120, 141, 192, 288)} == {False, True}
+
+
+def test_what_was_chosen_is_kept_for_a_run_that_goes_on(auto: Any) -> None:
+    config = auto()
+    write_budget(config.run_dir, 0, "chosen", {"train.micro_batch_tokens": 20_480, "actor.gradient_checkpointing": "mlp"})
+    assert read_budget(config) is config  # a fresh start chooses afresh
+    found = read_budget(config, config.run_dir)
+    assert (found.train.forward_tokens, found.actor.recomputed) == (20_480, "mlp")
+    own = auto(tokens=24_576, checkpointing=True)  # what the recipe says wins
+    assert read_budget(own, config.run_dir) is own
+    key, value = smaller(found, "update_actor", 1536)
+    assert (key, value) == ("train.micro_batch_tokens", 16_384)
+    write_budget(config.run_dir, 0, key, value)
+    for start in (read_budget(config, config.run_dir), read_budget(with_value(config, key, 32_768)), read_budget(own)):
+        assert start.train.forward_tokens == 16_384  # memory has run out with more
+    elsewhere = config.model_copy(update={"run_dir": config.run_dir / "other"})
+    assert read_budget(elsewhere, config.run_dir).train.forward_tokens == 16_384

@@ -7,7 +7,9 @@ imports without Triton; calling a kernel then fails.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, no_type_check  # kernels are no Python: mypy must not look at them
 
 import torch
@@ -258,10 +260,28 @@ def _gradients(gate: Tensor, up: Tensor, d_out: Tensor, again: bool) -> tuple[Te
     return d_gate, d_up, out
 
 
+class _Again:
+    """Whether forwards run only for what they keep."""
+
+    active = False
+
+
+@contextlib.contextmanager
+def computed_again() -> Iterator[None]:
+    """Within it a layer or MLP is computed again for its backward pass: the result of `gated_down`, the last to keep anything, is left undefined."""
+    before, _Again.active = _Again.active, True
+    try:
+        yield
+    finally:
+        _Again.active = before
+
+
 class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
+        if _Again.active:
+            return gate.new_empty(*gate.shape[:-1], len(weight))
         g = _rows(gate)
         inner, (n, width) = torch.empty_like(g), g.shape
         _silu_mul[(n, triton.cdiv(width, 1024))](g, _rows(up), inner, n, width, width, 1024, num_warps=4, **_early())

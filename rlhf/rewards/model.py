@@ -27,7 +27,7 @@ class RewardModel:
         """[B] float32 for all rows of the rollout, each rank computing its share. (collective)"""
         lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
         train, world = self.train, self.world
-        plan = plan_micro_batches(range(len(rollout)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
+        plan = plan_micro_batches(range(len(rollout)), lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)
         own = self._share(rollout, plan, lengths)
         self.release()
         return self.world.gather_indexed(*own, len(rollout)).squeeze(1)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import Config, TrainedModelConfig
-from rlhf.memory import blank_model, decoder_layers, largest_forward, smaller, with_value, write_budget
+from rlhf.memory import blank_model, largest_forward, smaller, with_value, write_budget
+from rlhf.models.checkpointing import decoder_layers, recompute
 from rlhf.models.fused import fuse
 from rlhf.models.loading import model_dtype, read_architecture, without_dropout
 from rlhf.models.packing import pack_attention
@@ -94,8 +95,7 @@ def stand_in(role: TrainedModelConfig, name: str, packing: bool, dtype: torch.dt
         pack_attention(module)
     plain: nn.Module = module.get_base_model() if role.lora else module  # type: ignore[operator]
     fuse_head(plain)
-    if role.gradient_checkpointing:
-        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    recompute(plain, role.recomputed, name)
     return module.train()
 
 

@@ -44,7 +44,9 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
 
     head = "keep" if "score.weight" in tensor_names(role.path) else "zero"
     run.console.message("the head starts " + ("as the folder holds it" if head == "keep" else "at zero"))
-    run.expect(max(len(side.input_ids) for p in pairs for side in (p.chosen, p.rejected)))
+    run.expect(max(len(side.input_ids) for p in pairs for side in (p.chosen, p.rejected)))  # (collective)
+    config = run.config  # with what was left to the memory plan
+    role = config.reward_model
     engine = run.train_engine(role, "reward_model", steps, scalar_head=head)
     sampler = DrawSampler(len(pairs), config.seed, config.data.shuffle)
     shape = model_shape(engine.module.config, head_outputs=1)
@@ -106,8 +108,8 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
 def pair_micro_batches(pairs: list[PreferencePair], train: TrainConfig, world: World) -> Any:
     """This rank's forwards over pairs; both sides of a pair go through one forward."""
     sides = [(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
-    lengths = [sum(side) if train.micro_batch_tokens else max(side) for side in sides]
-    return plan_micro_batches(range(len(pairs)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
+    lengths = [sum(side) if train.forward_tokens else max(side) for side in sides]
+    return plan_micro_batches(range(len(pairs)), lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)
 
 
 def score_pairs(

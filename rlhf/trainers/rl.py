@@ -93,7 +93,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         run.console.message(text)
     check_same_data(world, (p.input_ids for p in prompts + held_out))  # (collective)
     longest = check_lengths(config, prompts, held_out)
-    run.expect(longest)
+    run.expect(longest)  # (collective)
+    config = run.config  # with what was left to the memory plan
     models = build_models(run, longest)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
@@ -431,7 +432,7 @@ def plan_epoch(config: Config, step: int, epoch: int, rollout: Rollout, world: W
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
     parts = split_minibatches(len(lengths), config.algorithm.minibatches, seed=(config.seed, step, epoch))
     train = config.train
-    return [Minibatch(rows, plan_micro_batches(rows, lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)) for rows in parts]
+    return [Minibatch(rows, plan_micro_batches(rows, lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)) for rows in parts]
 
 
 def denominators(experience: Experience, rows: list[int], config: Config) -> dict[str, float]:

@@ -24,8 +24,24 @@ from rlhf.checkpoint import Checkpoints, Saved
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
 from rlhf.distributed import EXIT_AGAIN, World, device_names
 from rlhf.engine import TrainEngine, loading_context
-from rlhf.memory import BUDGET, MemoryMeter, Plan, longest_row, plan_memory, read_budget, smaller, write_budget
+from rlhf.memory import (
+    BUDGET,
+    CHOSEN,
+    MemoryMeter,
+    Plan,
+    choose,
+    device_capacity,
+    longest_row,
+    open_choices,
+    plan_memory,
+    read_budget,
+    smaller,
+    value_of,
+    with_values,
+    write_budget,
+)
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
+from rlhf.models.checkpointing import recompute
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
 from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
@@ -86,8 +102,20 @@ class Run:
         return role_settings(self.config, role, world_size=self.world.size, on_gpu=self.on_gpu)
 
     def expect(self, longest: int) -> None:
-        """The data is known, and with it the plan of the memory."""
+        """The data is known, and with it the plan of the memory and what the recipe leaves to it: `config` is resolved from here on. (collective,
+        where something is left)"""
         self.longest = longest
+        if open_choices(self.config):
+            capacities = self.world.gather_objects(device_capacity())  # (collective)
+            known = [capacity for capacity in capacities if capacity is not None]
+            least = min(known) if len(known) == self.world.size else None
+            values, line = choose(self.config, roles(self.config), self.world.size, least, longest)
+            if self.world.is_main:
+                write_budget(self.config.run_dir, 0, CHOSEN, values)
+            self.console.message(line)
+            # An earlier start without a checkpoint may have found out that less is possible.
+            config = with_values(self.config, values)
+            self.config = self.world.broadcast_object(read_budget(config) if self.world.is_main else config)  # (collective)
         try:
             self.plan = plan_memory(self.config, roles(self.config), self.world.size, longest, self.on_gpu)
         except Exception as error:  # a forecast that fails is no reason not to train
@@ -110,9 +138,7 @@ class Run:
         if role.lora:
             module = add_adapters(module, role.lora, self.config.seed)
         fuse_head(plain)  # after the adapters: one on the head needs its logits
-        if role.gradient_checkpointing:
-            enable: Any = module
-            enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(module, role.recomputed, key)
         return TrainEngine(module, role, settings, self.world, total_steps, self.config.seed, key)
 
     def resume(self, engines: dict[str, Saved], steps: int) -> int:
@@ -216,7 +242,12 @@ def start_run(
     resume_from = checkpoints.find(resume)
     if world.is_main and resume == "never":
         (config.run_dir / BUDGET).unlink(missing_ok=True)
-    config = world.broadcast_object(read_budget(config))
+    origin = resume_from.parent.parent if resume_from else None  # the run folder of the checkpoint
+    left = open_choices(config)
+    config = world.broadcast_object(read_budget(config, origin) if world.is_main else config)
+    taken = {key: value for key in left if (value := value_of(config, key)) != "auto"}
+    if taken and world.is_main and origin and origin.resolve() != config.run_dir.resolve():
+        write_budget(config.run_dir, 0, CHOSEN, taken)
     step = int(json.loads((resume_from / "trainer_state.json").read_text())["step"]) if resume_from else None
     console = Console(config.tracking.console, total_steps, world.is_main)
     log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
@@ -230,6 +261,8 @@ def start_run(
     timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, meter.end)
     run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config))
     cleanup.push(run.leave)
+    if taken:
+        console.message(f"auto: {' '.join(f'{key}={str(value).lower()}' for key, value in taken.items())}: from {BUDGET}")
     return run
 
 

@@ -40,7 +40,8 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     run.console.message(report.summary())
     check_same_data(world, (s.input_ids for s in sequences + held_out))  # (collective)
 
-    run.expect(max(len(s.input_ids) for s in sequences))
+    run.expect(max(len(s.input_ids) for s in sequences))  # (collective)
+    config = run.config  # with what was left to the memory plan
     actor = run.train_engine(config.actor, "actor", steps)
     sampler = DrawSampler(len(sequences), config.seed, config.data.shuffle)
     shape = model_shape(actor.module.config)
@@ -100,7 +101,7 @@ class Part(list[Sequence]):
 def micro_batches(batch: list[Sequence], train: TrainConfig, world: World) -> list[Part]:
     """This rank's forwards over a global batch."""
     lengths = [len(s.input_ids) for s in batch]
-    plan = plan_micro_batches(range(len(batch)), lengths, train.micro_batch, world.size, world.rank, train.micro_batch_tokens)
+    plan = plan_micro_batches(range(len(batch)), lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)
     parts = []
     for p in plan:
         part = Part(batch[r] for r in p.rows)

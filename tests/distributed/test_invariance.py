@@ -20,6 +20,7 @@ import rlhf.models.fused as fused_module
 import rlhf.ops.head as head_module
 import rlhf.trainers.rl as rl_module
 import rlhf.trainers.run as run_module
+from rlhf.config import Recomputed
 from rlhf.distributed import World
 from rlhf.trainers.rl import describe_experience
 from rlhf.types import Rollout, Scores
@@ -58,7 +59,7 @@ def step_on_ranks(
     minibatches: int,
     forwards: str = "padded",
     head: str = "one chunk",
-    checkpointing: bool = False,
+    checkpointing: Recomputed = False,
 ) -> dict[str, dict[str, Tensor]]:
     if head == "logits":
         run_module.fuse_head = rl_module.fuse_head = lambda model: False  # type: ignore[assignment]
@@ -95,7 +96,7 @@ def whole(models: Path, algorithm: str, minibatches: int) -> dict[str, dict[str,
 
 
 def assert_same(
-    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: bool
+    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: Recomputed
 ) -> None:
     expected = whole(models, algorithm, minibatches)
     for result in run_ranks(step_on_ranks, ranks, models, algorithm, stage, micro_batch, minibatches, forwards, head, checkpointing):
@@ -107,12 +108,14 @@ def assert_same(
 PAIRWISE = [
     ("ppo", 2, 3, 3, 1, "packed", "chunks", False),
     ("ppo", 2, 2, 8, 3, "tokens", "logits", True),
-    ("ppo", 1, 3, 1, 3, "padded", "one chunk", True),
+    ("ppo", 1, 3, 1, 3, "padded", "one chunk", "mlp"),
     ("ppo", 2, 0, 1, 1, "tokens", "chunks", False),
     ("ppo", 1, 1, 8, 1, "packed", "logits", True),
     ("grpo", 2, 3, 8, 3, "tokens", "one chunk", True),
     ("grpo", 2, 1, 3, 3, "padded", "chunks", False),
-    ("grpo", 1, 2, 1, 1, "packed", "one chunk", False),
+    ("grpo", 1, 2, 1, 1, "packed", "one chunk", "mlp"),
+    ("ppo", 2, 3, 3, 3, "packed", "logits", "mlp"),
+    ("grpo", 2, 1, 8, 1, "tokens", "chunks", "mlp"),
     ("dr_grpo", 2, 1, 1, 1, "tokens", "one chunk", True),
     ("dr_grpo", 2, 3, 3, 3, "packed", "chunks", True),
 ]
@@ -120,18 +123,18 @@ PAIRWISE = [
 
 @pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches", "forwards", "head", "checkpointing"), PAIRWISE)
 def test_gradient_is_the_same_pairwise(
-    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: bool
+    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: Recomputed
 ) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
     assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, head, checkpointing)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("forwards", "head", "checkpointing"), list(itertools.product(FORWARDS, HEADS, (False, True))))
+@pytest.mark.parametrize(("forwards", "head", "checkpointing"), list(itertools.product(FORWARDS, HEADS, (False, True, "mlp"))))
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gradient_is_the_same_however_a_forward_is_computed(
-    models: Path, algorithm: str, ranks: int, stage: int, forwards: str, head: str, checkpointing: bool
+    models: Path, algorithm: str, ranks: int, stage: int, forwards: str, head: str, checkpointing: Recomputed
 ) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
     assert_same(models, algorithm, ranks, stage, 3, 1, forwards, head, checkpointing)
@@ -298,13 +301,13 @@ class _GatedDown(torch.autograd.Function):
         return d_gate, d_up, d_out.flatten(0, -2).t() @ inner.detach().flatten(0, -2)
 
 
-def step_with_gated_down(world: World, models: Path, checkpointing: bool) -> tuple[dict[str, dict[str, Tensor]], int]:
+def step_with_gated_down(world: World, models: Path, checkpointing: Recomputed) -> tuple[dict[str, dict[str, Tensor]], int]:
     fused_module.gated_down = _GatedDown.apply  # type: ignore[assignment]
     return step_on_ranks(world, models, "ppo", 3, 3, 1, "packed", checkpointing=checkpointing), _GatedDown.calls
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_weights_of_a_layer_are_there_for_all_its_products_under_zero_3(models: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "mlp"])
+def test_weights_of_a_layer_are_there_for_all_its_products_under_zero_3(models: Path, checkpointing: Recomputed) -> None:
     expected = whole(models, "ppo", 1)
     for found, calls in run_ranks(step_with_gated_down, 2, models, checkpointing):
         assert calls >= 2

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rlhf.trainers.run as run_module
 from rlhf.batching import pack
 from rlhf.config import Config
 from rlhf.distributed import World
+from rlhf.memory import GIB
 from rlhf.models.forward import inputs_of
 from rlhf.models.scoring_head import logprobs_of
 from rlhf.trainers.probe import fit_budget, fits
@@ -53,6 +55,43 @@ def test_all_ranks_agree(models: Path) -> None:
         assert train.micro_batch == 8 and written is None
     for train, tried, _ in run_ranks(_agree, 2, str(models), {0: 10}, {"micro_batch": 8}):  # nothing smaller is left: on it goes
         assert train.micro_batch == 1 and tried == [512, 256, 128, 64]
+
+
+def _chosen(world: World, models: str, room: dict[int, float]) -> tuple[Any, list[int], Any]:
+    """As `_agree`, where the recipe says `auto`, devices are of room[r] GiB, and 600 tokens are too many for rank 1."""
+    folder = Path(world.broadcast_object(tempfile.mkdtemp()))
+    run_module.device_capacity = lambda: int(room[world.rank] * GIB)
+    trained = {"gradient_checkpointing": "auto"}
+    settings = {
+        "data": {"train": [{"path": "none.jsonl"}]},
+        "rollout": {"prompts": 32, "max_new_tokens": 64},
+        "train": {"micro_batch_tokens": "auto"},
+    }
+    config = rl_config(Path(models), actor=trained, critic=trained, **settings).model_copy(update={"run_dir": folder})
+    run = start_run(config, world, tiny_tokenizer(), "never", 1, Best("", "max"), ExitStack())
+    run.expect(64)
+    tried: list[int] = []
+
+    def loss(module: Any, lengths: list[int], config: Config) -> Tensor:
+        tried.append(sum(lengths))
+        if world.rank and sum(lengths) > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything")
+        return next(module.parameters()).sum()
+
+    fit_budget(run, {"actor": loss})
+    world.barrier()
+    return run.config, tried, json.loads((folder / "budget.json").read_text())
+
+
+def test_ranks_choose_for_the_smallest_and_shrink_what_was_chosen(models: Path) -> None:
+    for room, checkpointing in (({0: 80.0, 1: 80.0}, False), ({0: 80.0, 1: 1.0}, True)):
+        for config, tried, written in run_ranks(_chosen, 2, str(models), room):
+            most = 1024 if checkpointing is False else 256  # 16 rows of 64 tokens on a rank; nothing fits beside CUDA and NCCL in 1 GiB
+            assert tried == [most, 768, 512][: 3 if most == 1024 else 1]
+            assert config.actor.recomputed is config.critic.recomputed is checkpointing
+            keys = {f"{name}.gradient_checkpointing": checkpointing for name in ("actor", "critic")}
+            assert written["chosen"] == {"train.micro_batch_tokens": most, **keys}
+            assert config.train.forward_tokens == tried[-1] == written.get("train.micro_batch_tokens", most)
 
 
 def _broken(world: World, models: str) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf.config import ROOT, Config, LoraConfig, ModelConfig, role_settings
+from rlhf.config import ROOT, Config, LoraConfig, ModelConfig, Recomputed, role_settings
 from rlhf.distributed import World
 from rlhf.engine import SharedPlacement, WholePlacement, full_tensors
 from rlhf.models.export import export_adapter, export_model
@@ -92,7 +92,7 @@ def scorer(held: Models) -> RewardModel:
 # ---- the same bits
 
 
-def both_ways(world: World, models: Path, reward: Path, stage: int, checkpointing: bool) -> list[dict[str, Tensor]]:
+def both_ways(world: World, models: Path, reward: Path, stage: int, checkpointing: Recomputed) -> list[dict[str, Tensor]]:
     results = []
     for shared in (False, True):
         held, run = open_models(recipe(models, reward, stage, shared, gradient_checkpointing=checkpointing), world)
@@ -107,9 +107,9 @@ def both_ways(world: World, models: Path, reward: Path, stage: int, checkpointin
     return results
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "mlp"])
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2)])
-def test_one_base_computes_what_a_base_each_computes(models: Path, reward: Path, stage: int, ranks: int, checkpointing: bool) -> None:
+def test_one_base_computes_what_a_base_each_computes(models: Path, reward: Path, stage: int, ranks: int, checkpointing: Recomputed) -> None:
     for apart, shared in run_ranks(both_ways, ranks, models, reward, stage, checkpointing):
         assert apart.keys() == shared.keys() and {"2 reference", "2 values", "1 actor/pg_loss", "2 critic/vf_loss"} <= apart.keys()
         assert [name for name in apart if not torch.equal(apart[name], shared[name])] == []

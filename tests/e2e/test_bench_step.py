@@ -18,7 +18,7 @@ from rlhf.config import ROOT
             ["--algorithm", "ppo", "--checkpointing", "--zero", "2", "--offload"],
             {"gen", "ref", "values", "update_actor", "update_critic", "hand_over"},
         ),
-        (["--lora", "4", "--no_reference", "--reward_ms", "1"], {"gen", "reward", "update_actor", "hand_over"}),
+        (["--lora", "4", "--no_reference", "--reward_ms", "1", "--checkpointing", "mlp"], {"gen", "reward", "update_actor", "hand_over"}),
     ],
 )
 def test_a_step_of_every_kind(options: list[str], phases: set[str]) -> None:

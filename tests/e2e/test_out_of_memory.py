@@ -107,6 +107,18 @@ def test_started_again_with_a_smaller_budget(ground: Ground) -> None:
     assert not list(run_dir.glob(".budget*"))
 
 
+def test_what_was_chosen_becomes_smaller_too(ground: Ground) -> None:
+    recipe, run_dir = recipe_of(ground, "memory-auto", micro_batch_tokens="auto"), ground.run_dir("memory-auto")
+    done = ranks(recipe, env={**ground.env, "ROOM": "60"})
+    assert [code for code, _ in done] == [EXIT_AGAIN, EXIT_AGAIN], done
+    budget = {"chosen": {"train.micro_batch_tokens": 16_384}, "train.micro_batch_tokens": 13_056}
+    assert json.loads((run_dir / "budget.json").read_text()) == budget
+    done = ranks(recipe, env={**ground.env, "ROOM": "16384"})
+    assert [code for code, _ in done] == [0, 0], done
+    assert "auto: train.micro_batch_tokens=13056: from budget.json" in done[0][1] and steps(run_dir) == [1, 2, 3]
+    assert json.loads((run_dir / "budget.json").read_text()) == budget
+
+
 def test_nothing_can_be_smaller(ground: Ground) -> None:
     done = ranks(recipe_of(ground, "memory-least", micro_batch=1), env={**ground.env, "ROOM": "2"})
     assert [code for code, _ in done] == [2, 2], done
