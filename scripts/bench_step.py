@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rlhf.config import Config, ModelConfig, TrainedModelConfig, parse_config, role_settings
+import rlhf.engine
+from rlhf.config import ROOT, Config, ModelConfig, TrainedModelConfig, parse_config, role_settings
 from rlhf.distributed import World, init_world
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.experience import gather_rollout, scored_together
 from rlhf.metrics import PhaseTimer
-from rlhf.models.checkpointing import recompute
+from rlhf.models.checkpointing import decoder_layers, recompute
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import adapters_off, add_adapters, weight_layout
@@ -68,10 +69,13 @@ class NoText:
 def recipe(args: argparse.Namespace) -> Config:
     checkpointing = {"false": False, "true": True}.get(args.checkpointing, args.checkpointing)
     trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": checkpointing, "offload": args.offload}
+    settings: dict[str, Any] = json.loads((ROOT / f"ds_configs/zero{args.zero}.json").read_text())
+    settings["zero_optimization"] |= {key: json.loads(value) for key, value in (entry.split("=", 1) for entry in args.zero_set)}
+    packing, longest = "packing" not in args.without, WORKLOADS[args.workload][2] + WORKLOADS[args.workload][4]
     tree: dict[str, Any] = {
         "task": "rl",
         "run_dir": "unused",
-        "deepspeed": f"ds_configs/zero{args.zero}.json",
+        "deepspeed": settings,
         "actor": trained | ({"lora": {"r": args.lora, "target_modules": "all-linear"}} if args.lora else {}),
         "critic": {"gradient_checkpointing": checkpointing, "offload": args.offload},
         "reference": {"offload": args.offload},
@@ -79,7 +83,7 @@ def recipe(args: argparse.Namespace) -> Config:
         "data": {"train": [{"path": "none.jsonl"}]},
         "rollout": {"prompts": WORKLOADS[args.workload][0], "group_size": WORKLOADS[args.workload][1]},
         "algorithm": {"name": args.algorithm, "kl": {"coef": 0.0 if args.no_reference else 0.001, "place": "loss", "estimator": "k3_corrected"}},
-        "train": {"steps": 100, "micro_batch_tokens": args.tokens, "packing": True},
+        "train": {"steps": 100} | ({"micro_batch_tokens": args.tokens} if packing else {"packing": False, "micro_batch": args.tokens // longest}),
     }
     if args.algorithm == "ppo":
         tree["algorithm"] |= {"epochs": 1, "minibatches": 1}
@@ -106,16 +110,21 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
         for name, parameter in module.named_parameters():
             local = getattr(parameter, "ds_tensor", parameter.data)
             local.fill_(1.0) if "norm" in name else local.normal_(0.0, 0.02, generator=generator)
-        fuse(module)
-        pack_attention(module)
+        if "kernels" not in args.without:
+            fuse(module)
+        if config.train.packing:
+            pack_attention(module)
+        if "head" not in args.without:
+            fuse_head(module)
+        if args.compile:
+            for layer in decoder_layers(module):
+                layer.forward = torch.compile(layer.forward, dynamic=True)
         return module, settings
 
     def trained(role: TrainedModelConfig, name: str) -> TrainEngine:
         module, settings = model(role, scalar=name == "critic")
-        plain = module
         if role.lora:
             module = add_adapters(module, role.lora, 0)
-        fuse_head(plain)
         recompute(module, role.recomputed, name)
         return TrainEngine(module, role, settings, world, 100, 0, name)
 
@@ -130,18 +139,20 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
 
     elif config.uses_reference:
         module, settings = model(config.reference.model_copy(update={"path": config.actor.path}))
-        fuse_head(module)
         reference = FrozenEngine(module, settings, world, config.reference.offload)
     sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
     rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
     rewards: Any = None  # drawn at random instead
-    return Models(actor, critic, reference, rewards, rollout, scored_together(config, lean=rollout.lean))
+    together = 1 if {"together", "head"} & set(args.without) else scored_together(config, lean=rollout.lean)
+    return Models(actor, critic, reference, rewards, rollout, together)
 
 
 def main(args: argparse.Namespace) -> None:
     world = init_world()
     on_gpu = world.device.type == "cuda"
     shape, config = SHAPES[args.shape], recipe(args)
+    if "layers" in args.without:
+        rlhf.engine.fetch_by_layer = lambda module: None
     models = build(args, config, world)
     layout = weight_layout(models.actor.module)
     prompts_, samples, before, lengths = step_lengths(args.workload, args.times)
@@ -281,8 +292,9 @@ def report(
     chip = "H200" if "H200" in name else "H100"
     tokens, flops = int((lengths + before).sum()), scoring_flops(shape, lengths + before, lengths)
     factor = 2 if args.lora else 3
-    case = f"{args.workload}-{args.shape}" + (f"-lora{args.lora}" if args.lora else "") + (f"-z{args.zero}x{ranks}" if ranks > 1 else "")
-    case += "-offload" * args.offload
+    case = f"{args.workload}-{args.shape}" + (f"-lora{args.lora}-all" if args.lora else "") + (f"-z{args.zero}x{ranks}" if ranks > 1 else "")
+    case += "-offload" * args.offload + "-compiled" * args.compile + "".join(f"-without-{piece}" for piece in args.without)
+    case = args.case or case
     common = {"case": case, "machine": f"{ranks}x {name}", "algorithm": args.algorithm, "steps": args.steps, "tokens_per_forward": args.tokens}
     lines: list[dict[str, Any]] = []
     if seconds.get("update_actor"):
@@ -319,14 +331,24 @@ if __name__ == "__main__":
     parser.add_argument("--reward_ms", type=float, default=0, help="a reward that waits so long for each sample, while decoding")
     parser.add_argument("--workers", type=int, default=8, help="of that reward")
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=3)
+    parser.add_argument("--zero_set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of zero_optimization")
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters, on all linear layers")
     parser.add_argument("--no_reference", action="store_true")
     parser.add_argument("--checkpointing", nargs="?", const="true", default="false", choices=("false", "true", "mlp"), help="gradient checkpointing")
     parser.add_argument("--offload", action="store_true", help="master weights, moments and the reference on the host while unused")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=("packing", "head", "kernels", "layers", "together"),
+        help="what each brings: rows without padding, logits in chunks, fused kernels, ZeRO-3 gathering by layers, forwards scored together",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile of each decoder layer")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
     parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")
     parser.add_argument("--cache_tokens", type=int, default=0)
     parser.add_argument("--only", choices=("update",), help="no rollout: random tokens of the workload's lengths")
+    parser.add_argument("--case", help="name in the lines that are printed; default: workload, shape and what is out of the ordinary")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="one more step under the profiler; its longest kernels")
