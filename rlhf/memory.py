@@ -357,8 +357,10 @@ def _plan(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on
     cache = {**own, "rollout: KV cache": pool}
     after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache
 
-    # The reference comes before the scoring forwards and goes after them.
-    visiting = {f"{name}: weights": h.weights + h.visiting for name, h in held.items() if name == "reference"}
+    # Frozen models come before they score, all at once. Each reward model goes then, the reference after the last scoring forward.
+    visitors = {f"{name}: weights": h.weights + h.visiting for name, h in held.items() if h.visiting}
+    visiting = {item: value for item, value in visitors.items() if item == "reference: weights"}
+    judges = {name: h.gathered + h.forward.passing(backward=False) for name, h in held.items() if not h.trained and name != "reference"}
 
     def score(name: str) -> dict[str, float]:
         h, together = held[name], scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held))
@@ -367,6 +369,12 @@ def _plan(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on
         return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
     plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})
+    if judges:
+        name = max(judges, key=lambda name: judges[name])
+        h = held[name]
+        plan.phases["reward"] = _present(
+            always | after | visitors | {f"{name}: gathered": h.gathered, f"{name}: forward": h.forward.passing(backward=False)}
+        )
     if config.uses_reference:
         plan.phases["ref"] = _present(always | after | score("reference" if "reference" in held else "actor"))
     if "critic" in held:

@@ -249,6 +249,20 @@ def test_offload(stage: int, recipe: Any) -> None:
     assert held[1].step - held[0].step == sent["actor"]  # of a small model all parts are there at once
 
 
+def test_frozen_models_are_there_to_score(recipe: Any) -> None:
+    """Reward models and reference come together; each goes when it has scored."""
+    model = {"path": recipe().actor.path, "dtype": "bfloat16"}
+    plain, plan = (
+        planned(recipe(reference={"offload": o}, reward={"components": [{"model": {**model, "offload": o}, "name": "judge"}]})) for o in (False, True)
+    )
+    for phase, items in plan.phases.items():
+        assert ("judge: weights" in items) == (phase == "reward")
+        assert ("reference: weights" in items) == (phase in ("reward", "ref", "values"))
+        assert "judge: weights" in plain.phases[phase] and plan.total(phase) <= plain.total(phase)
+    assert list(plan.phases) == ["gen", "reward", "ref", "values", "update_actor", "update_critic"]
+    assert "judge: forward" in plan.phases["reward"] and plan.total("reward") == plain.total("reward")
+
+
 def test_budget_of_tokens_and_rows(recipe: Any) -> None:
     tokens, rows = recipe(train={"micro_batch_tokens": 4096}), recipe(train={"micro_batch": 4})
     assert (largest_forward(tokens, 768), largest_forward(rows, 768)) == (4096, 3072)
