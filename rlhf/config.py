@@ -107,11 +107,19 @@ class ModelConfig(Section):
     attention: str = Field("sdpa", description="attn_implementation of transformers")
     trust_remote_code: bool = Field(False, description="run code that the model folder ships")
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON (path or mapping) for this role; default: the top-level one")
-    offload: bool = Field(
+    offload: bool | Literal["auto"] = Field(
         False,
         description="in pinned host memory while unused (trained: master weights and moments, which pass over the GPU in parts when weights are "
-        "stepped, ZeRO 1-3; frozen: the weights, outside of their phase)",
+        "stepped, ZeRO 1-3; frozen: the weights, outside of their phase). auto: where the memory plan lacks room otherwise, frozen models first; "
+        "false without a GPU and where true is refused",
     )
+
+    @property
+    def offloaded(self) -> bool:
+        """`offload`, once `auto` has been resolved (`memory.choose`)."""
+        if self.offload == "auto":
+            raise RuntimeError("offload=auto is read before it was resolved")
+        return self.offload
 
 
 class TrainedModelConfig(ModelConfig):
@@ -813,9 +821,18 @@ def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu:
         _check_base(config, tree["zero_optimization"].get("stage", 0), dtype, role_dtype(config.actor, on_gpu))
     if trained and tree["zero_optimization"].get("stage", 0) == 0 and dtype == "bfloat16":
         raise ValueError("zero_optimization.stage=0 with bfloat16: DeepSpeed has no fp32 gradient accumulation there; use stage 1, or dtype=float32")
-    if role.offload:
+    if role.offload is True:  # `auto` is never refused: `can_offload`
         _check_offload(tree, role)
     return tree
+
+
+def can_offload(settings: dict[str, Any], role: ModelConfig) -> bool:
+    """Whether `offload=true` would not be refused. settings: `role_settings` of the role."""
+    try:
+        _check_offload(settings, role)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_offload(tree: dict[str, Any], role: ModelConfig) -> None:

@@ -20,7 +20,17 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from rlhf.config import Config, ModelConfig, Recomputed, TrainedModelConfig, hybrid_engine_words, role_dtype, role_settings, shares_base
+from rlhf.config import (
+    Config,
+    ModelConfig,
+    Recomputed,
+    TrainedModelConfig,
+    can_offload,
+    hybrid_engine_words,
+    role_dtype,
+    role_settings,
+    shares_base,
+)
 from rlhf.experience import scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
 from rlhf.models.checkpointing import decoder_layers, mlps
@@ -157,7 +167,16 @@ class Held:
     step: float  # beside all that while weights are stepped, when activations are gone
     plain: float  # the whole model without adapters
     on_host: float  # pinned there (`offload`): weights, or master weights and moments
+    trained: bool
+    leaves: float  # what `offload` would put there; 0 where it is refused
+    passing: float  # of that, on the device at once while weights are stepped
     forward: Forward
+
+    def offloaded(self) -> Held:
+        """The same with `offload`."""
+        if self.trained:
+            return replace(self, master=0.0, moments=0.0, step=self.step + self.passing, on_host=self.leaves)
+        return replace(self, weights=self.weights - self.leaves, visiting=self.leaves, on_host=self.leaves)
 
     @property
     def items(self) -> dict[str, float]:
@@ -194,27 +213,27 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     shape = model_shape(architecture)
     tokens = largest_forward(config, longest)
     weights = size * ((whole - base - small) / shares + small)
-    visiting = weights - size * small if role.offload and not trained else 0.0
     master = 0.0 if cpu_adam or stage == 0 or (stage == 3 and size == 4) else 4 * sharded
     moments = 0.0 if cpu_adam or "adam" not in str(given["type"]).lower() else 8 * sharded
     stepped = max(4 * sharded, size * bucket + 4 * bucket / ranks) if stage >= 2 and learns else 0.0
-    sent = master + moments if role.offload and trained else 0.0
-    if sent:
-        stepped += sent * min(1.0, SLOTS * PART / sharded)
+    leaves = (master + moments if trained else weights - size * small) if can_offload(settings, role) else 0.0
     saved = saved_per_token(shape, size, fused, head_norms, adapted, lora.r if lora else 0)
-    return Held(
-        weights=weights - visiting,
-        visiting=visiting,
+    held = Held(
+        weights=weights,
+        visiting=0.0,
         gathered=size * gathered,
         gradients=0.0 if cpu_adam and stage >= 2 else 4 * (sharded if stage >= 2 else float(sum(learns))),
         buckets=size * (copies * bucket + max(learns, default=0)),
-        master=0.0 if sent else master,
-        moments=0.0 if sent else moments,
+        master=master,
+        moments=moments,
         mlps=_has_mlps(module),
         early=stage == 3,
         step=stepped,
         plain=float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n)),
-        on_host=sent + visiting,
+        on_host=0.0,
+        trained=trained,
+        leaves=leaves,
+        passing=leaves * min(1.0, SLOTS * PART / sharded) if leaves and trained else 0.0,
         forward=Forward(
             shape,
             size,
@@ -229,6 +248,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
             head_trains=lora is None,
         ),
     )
+    return held.offloaded() if role.offloaded else held
 
 
 def _has_mlps(module: nn.Module) -> bool:
@@ -337,8 +357,10 @@ def _plan(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on
     cache = {**own, "rollout: KV cache": pool}
     after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache
 
-    # The reference comes before the scoring forwards and goes after them.
-    visiting = {f"{name}: weights": h.weights + h.visiting for name, h in held.items() if name == "reference"}
+    # Frozen models come before they score, all at once. Each reward model goes then, the reference after the last scoring forward.
+    visitors = {f"{name}: weights": h.weights + h.visiting for name, h in held.items() if h.visiting}
+    visiting = {item: value for item, value in visitors.items() if item == "reference: weights"}
+    judges = {name: h.gathered + h.forward.passing(backward=False) for name, h in held.items() if not h.trained and name != "reference"}
 
     def score(name: str) -> dict[str, float]:
         h, together = held[name], scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held))
@@ -347,6 +369,12 @@ def _plan(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on
         return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
     plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})
+    if judges:
+        name = max(judges, key=lambda name: judges[name])
+        h = held[name]
+        plan.phases["reward"] = _present(
+            always | after | visitors | {f"{name}: gathered": h.gathered, f"{name}: forward": h.forward.passing(backward=False)}
+        )
     if config.uses_reference:
         plan.phases["ref"] = _present(always | after | score("reference" if "reference" in held else "actor"))
     if "critic" in held:
@@ -438,8 +466,15 @@ def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
 
 
 def with_value(config: Config, key: str, value: Value) -> Config:
-    section, name = key.split(".")
-    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    changed: Config = _with(config, key.split("."), value)
+    return changed
+
+
+def _with(node: Any, path: Sequence[str], value: Value) -> Any:
+    first, *rest = path
+    if isinstance(node, list):
+        return [_with(entry, rest, value) if str(i) == first else entry for i, entry in enumerate(node)]
+    return node.model_copy(update={first: _with(getattr(node, first), rest, value) if rest else value})
 
 
 def with_values(config: Config, values: Mapping[str, Value]) -> Config:
@@ -449,8 +484,14 @@ def with_values(config: Config, values: Mapping[str, Value]) -> Config:
 
 
 def value_of(config: Config, key: str) -> Value | None:
-    section, name = key.split(".")
-    value: Value | None = getattr(getattr(config, section), name)
+    """None where the recipe has no such key (any more)."""
+    node: Any = config
+    for part in key.split("."):
+        if isinstance(node, list):
+            node = node[int(part)] if int(part) < len(node) else None
+        else:
+            node = getattr(node, part, None)
+    value: Value | None = node
     return value
 
 
@@ -460,7 +501,7 @@ def read_budget(config: Config, origin: Path | None = None) -> Config:
     origin: the run folder whose checkpoint the run goes on from; what was chosen there for `auto` is taken. None: it is left to be chosen afresh.
     """
     taken = _kept(origin) if origin else {}
-    for key, value in taken.get(CHOSEN, {}).items():
+    for key, value in (chosen_before(origin) if origin else {}).items():
         if value_of(config, key) == "auto":
             config = with_value(config, key, min(value, taken.get(key, value)) if key == TOKENS else value)
     for key, value in _kept(config.run_dir).items():
@@ -468,6 +509,12 @@ def read_budget(config: Config, origin: Path | None = None) -> Config:
         if isinstance(now, int) and value < now:  # a recipe that budgets otherwise now is left alone
             config = with_value(config, key, value)
     return config
+
+
+def chosen_before(run_dir: Path) -> dict[str, Value]:
+    """What starts of this run folder have chosen for `auto`."""
+    found: dict[str, Value] = _kept(run_dir).get(CHOSEN, {})
+    return found
 
 
 def _kept(run_dir: Path) -> dict[str, Any]:
@@ -490,14 +537,41 @@ MARGIN = 0.08  # of the device stays free: what is measured is mostly within a t
 ENOUGH = (4_096, 8_192)  # tokens from which on a forward is efficient; fewer are worth a recomputation. The more the smaller a layer is:
 HIDES_HOST = 5e11  # multiply-adds of a layer's forward, 2 ms on an H100, beside which what it costs the host is believed to be hidden
 MOST = 32_768  # tokens above which nothing is gained
-WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "gradient_checkpointing": False}
+WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "gradient_checkpointing": False, "offload": False}
 LEVELS: tuple[Recomputed, ...] = (False, "mlp", True)  # by what they cost
+WORTH_SENDING = 0.25 * GIB  # less is not offloaded
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is recomputed, by the order of the trained roles that leave it open, and whose tensors are sent to the host."""
+
+    levels: tuple[Recomputed, ...]
+    sent: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """Any recomputation costs more than all offload: docs/benchmarks/notes/step.md."""
+        ranks = [LEVELS.index(level) for level in self.levels]
+        return sum(ranks), max(ranks, default=0), len(self.sent)
+
+
+def _sections(config: Config) -> dict[str, str]:
+    """Where the recipe has the roles that this run loads, by the names that `preflight.roles` gives them."""
+    if config.task != "rl":
+        name = "reward_model" if config.task == "reward_model" else "actor"
+        return {name: name}
+    own_reference = config.uses_reference and not (config.actor.lora and config.reference.path is None)
+    names = ["actor", *["critic"] * config.algorithm.needs_critic, *["reference"] * own_reference]
+    models = {c.label: f"reward.components.{i}.model" for i, c in enumerate(config.reward.components) if c.model}
+    return {name: name for name in names} | models
 
 
 def open_choices(config: Config) -> list[str]:
     """Keys of what this run computes with that are `auto`."""
-    trained = {"sft": ["actor"], "reward_model": ["reward_model"], "rl": ["actor"] + ["critic"] * config.algorithm.needs_critic}[config.task]
-    return [key for key in (TOKENS, *(f"{name}.gradient_checkpointing" for name in trained)) if value_of(config, key) == "auto"]
+    sections = _sections(config).values()
+    keys = [TOKENS, *(f"{section}.gradient_checkpointing" for section in sections), *(f"{section}.offload" for section in sections)]
+    return [key for key in keys if value_of(config, key) == "auto"]
 
 
 def choose(
@@ -506,33 +580,42 @@ def choose(
     """Values for the keys that are `auto`, and a line that says why; a function of its arguments alone.
 
     capacity: bytes of the smallest rank's device, None without one. roles, longest: as for `plan_memory`. The budget of tokens is the largest whose
-    update and scoring phases fit; checkpointing is the least with which it is ENOUGH (or all there is), or that of the largest budget if it never is.
+    update and scoring phases fit; offload and checkpointing are the least with which it is ENOUGH (or all there is), or those of the largest budget
+    if it never is. By what they cost: frozen models leave, then the states of one trained role after the other, then (all these being gone) layers
+    are computed again. So more memory never means more of any of them.
     """
     keys, longest = open_choices(config), longest or longest_row(config)
-    without: dict[str, Value] = {key: WITHOUT_GPU[key.split(".")[1]] for key in keys}
+    without: dict[str, Value] = {key: WITHOUT_GPU[key.rsplit(".", 1)[-1]] for key in keys}
     if capacity is None:
         return without, _line(without, "no GPU to measure by")
     blank = with_values(config, without)  # which values these are does not matter here
-    sections = [key.split(".")[0] for key in keys if key != TOKENS]
+    sections = _sections(config)
+    recomputed = [name for name, section in sections.items() if f"{section}.gradient_checkpointing" in keys]
+    movable = [name for name, section in sections.items() if f"{section}.offload" in keys]
+
+    def resolved(name: str, role: ModelConfig) -> ModelConfig:
+        opened = ["gradient_checkpointing"] * (name in recomputed) + ["offload"] * (name in movable)
+        return role.model_copy(update=dict.fromkeys(opened, False))
+
     try:
-        plain = [(name, role.model_copy(update={"gradient_checkpointing": False}) if name in sections else role) for name, role in roles]
-        held = {name: held_by(blank, name, role, ranks, longest) for name, role in plain}
+        held = {name: held_by(blank, name, resolved(name, role), ranks, longest) for name, role in roles}
     except Exception as error:  # a forecast that fails is no reason not to train
         return without, _line(without, f"no plan of the memory: {error}")
     room, gib = capacity * (1 - MARGIN), f"{capacity / GIB:.1f} GiB less {MARGIN:.0%}"
 
-    def values(levels: Sequence[Recomputed], tokens: int) -> dict[str, Value]:
-        names = (f"{name}.gradient_checkpointing" for name in sections)
-        return {**({TOKENS: tokens} if TOKENS in keys else {}), **dict(zip(names, levels, strict=True))}
+    def values(choice: _Choice, tokens: int) -> dict[str, Value]:
+        found: dict[str, Value] = {TOKENS: tokens} if TOKENS in keys else {}
+        found |= {f"{sections[name]}.gradient_checkpointing": level for name, level in zip(recomputed, choice.levels, strict=True)}
+        return found | {f"{sections[name]}.offload": name in choice.sent for name in movable}
 
-    def fullest(levels: Sequence[Recomputed], tokens: int) -> tuple[float, str]:
+    def fullest(choice: _Choice, tokens: int) -> tuple[float, str]:
         """(bytes, name) of the largest phase that depends on the choice."""
-        chosen, level = with_values(blank, values(levels, tokens)), dict(zip(sections, levels, strict=True))
+        chosen, level = with_values(blank, values(choice, tokens)), dict(zip(recomputed, choice.levels, strict=True))
         size = largest_forward(chosen, longest)
-        wanted = {
-            name: replace(h, forward=replace(h.forward, tokens=size, scored=size, checkpointing=level.get(name, h.forward.checkpointing)))
-            for name, h in held.items()
-        }
+        wanted = {}
+        for name, h in held.items():
+            forward = replace(h.forward, tokens=size, scored=size, checkpointing=level.get(name, h.forward.checkpointing))
+            wanted[name] = replace(h.offloaded() if name in choice.sent else h, forward=forward)
         plan = _plan(chosen, wanted, ranks, longest, True, capacity)
         return max((plan.total(phase), phase) for phase in plan.phases if phase != "gen")
 
@@ -546,38 +629,45 @@ def choose(
     layer = min(shape.block_params / shape.layers for shape in shapes)
     enough = min(max(ENOUGH[0], least, min(ENOUGH[1], int(HIDES_HOST / layer))), most)
 
-    def budget(levels: Sequence[Recomputed]) -> int:
+    def budget(choice: _Choice) -> int:
         """The largest that fits, by halving; 0 if none does."""
         low, high = 0, (most - least) // ROUND + 1  # steps above the least: all below `low` fit, those from `high` on are not to be tried
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if fullest(levels, least + middle * ROUND)[0] <= room else (low, middle)
+            low, high = (middle + 1, high) if fullest(choice, least + middle * ROUND)[0] <= room else (low, middle)
         return least + (low - 1) * ROUND if low else 0
 
-    options = [LEVELS if held[name].mlps else (False, True) for name in sections]
-    passed: list[tuple[int, tuple[Recomputed, ...]]] = []
-    for levels in sorted(itertools.product(*options), key=_cost):
-        tokens = budget(levels)
+    passed: list[tuple[int, _Choice]] = []
+    for choice in _ladder(held, recomputed, movable):
+        tokens = budget(choice)
         if tokens >= enough:
             break
-        passed.append((tokens, levels))
+        passed.append((tokens, choice))
     else:
-        tokens, levels = max(reversed(passed), key=lambda found: found[0])
-    found = values(levels, tokens or least)
-    size, phase = fullest(levels, tokens or least)
+        tokens, choice = max(reversed(passed), key=lambda found: found[0])
+    found = values(choice, tokens or least)
+    size, phase = fullest(choice, tokens or least)
     why = f"{phase} takes {size / GIB:.1f} of {gib}"
     if not tokens:
         return found, _line(found, f"{why}, though nothing smaller can be chosen: it may run out of memory")
     if TOKENS in keys and tokens == most:
         why += ", and larger forwards would not be faster" if most == MOST else ", and larger forwards have no rows to take"
-    if others := [(count, _named(sections, other)) for count, other in passed if _cost(other) < _cost(levels)]:
-        why += f"; at most {max(others)[0]} tokens fit with {max(others)[1]}"
+    if others := [(count, other.cost, _named(recomputed, movable, other)) for count, other in passed if other.cost < choice.cost]:
+        why += f"; {f'at most {max(others)[0]}' if max(others)[0] else 'no'} tokens fit with {max(others)[2]}"
     return found, _line(found, f"{why} (rows of at most {longest} tokens)")
 
 
-def _cost(levels: Sequence[Recomputed]) -> tuple[int, int]:
-    ranks = [LEVELS.index(level) for level in levels]
-    return sum(ranks), max(ranks, default=0)
+def _ladder(held: Mapping[str, Held], recomputed: Sequence[str], movable: Sequence[str]) -> list[_Choice]:
+    """By what they cost; each further one offloads at least what those before it do, and recomputes no less in all."""
+    levels = sorted(
+        itertools.product(*(LEVELS if held[name].mlps else (False, True) for name in recomputed)), key=lambda levels: _Choice(levels).cost
+    )
+    worth = [name for name in movable if held[name].leaves >= WORTH_SENDING]
+    frozen = tuple(name for name in worth if not held[name].trained)
+    sent = [(), *[frozen] * bool(frozen)]
+    for name in sorted((name for name in worth if held[name].trained), key=lambda name: -held[name].leaves):
+        sent.append((*sent[-1], name))
+    return [_Choice(levels[0], names) for names in sent] + [_Choice(further, sent[-1]) for further in levels[1:]]
 
 
 def _rounded(tokens: int) -> int:
@@ -590,8 +680,10 @@ def _share(config: Config, ranks: int) -> int:
     return -(-rows // ranks)
 
 
-def _named(sections: Sequence[str], levels: Sequence[Recomputed]) -> str:
-    return " ".join(f"{name}={_text(level)}" for name, level in zip(sections, levels, strict=True))
+def _named(recomputed: Sequence[str], movable: Sequence[str], choice: _Choice) -> str:
+    levels = [" ".join(f"{name}={_text(level)}" for name, level in zip(recomputed, choice.levels, strict=True))] * bool(recomputed)
+    sent = [f"{' and '.join(choice.sent) or 'nothing'} offloaded"] * bool(movable)
+    return ", ".join([*levels, *sent])
 
 
 def _text(value: Value) -> str:

@@ -101,7 +101,7 @@ def describe(config: Config) -> str:
         stage = settings["zero_optimization"].get("stage", 0)
         kind = ("LoRA" if role.lora else "trained") if isinstance(role, TrainedModelConfig) else "frozen"
         kind += " on the actor's base" if shares_base(role) else ""
-        kind += (", states" if trained else ", weights") + " on the host while unused" if role.offload else ""
+        kind += (", states" if trained else ", weights") + " on the host while unused" if role.offloaded else ""
         architecture = read_architecture(role, name)
         lines.append(
             f"  {name}: {role.path} ({architecture.model_type}, {parameters(architecture) / 1e6:.1f} M), {kind}, {role_dtype(role, on_gpu)}, "

@@ -139,7 +139,7 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
 
     elif config.uses_reference:
         module, settings = model(config.reference.model_copy(update={"path": config.actor.path}))
-        reference = FrozenEngine(module, settings, world, config.reference.offload)
+        reference = FrozenEngine(module, settings, world, config.reference.offloaded)
     sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
     rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
     rewards: Any = None  # drawn at random instead

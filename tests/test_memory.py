@@ -3,6 +3,7 @@ their kernels do nothing, since what is kept does not depend on values. A stand-
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralCo
 
 from rlhf import memory
 from rlhf.batching import pack
-from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config
+from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config, role_settings
 from rlhf.memory import (
     GIB,
     MemoryMeter,
@@ -46,6 +47,7 @@ from rlhf.models.scoring_head import fuse_head, logprobs_of
 from rlhf.ops import fused
 from rlhf.preflight import roles
 from rlhf.trainers.probe import stand_in, worst_rows
+from rlhf.trainers.run import Run
 from tests.helpers import rl_config
 
 _SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 8}
@@ -245,6 +247,20 @@ def test_offload(stage: int, recipe: Any) -> None:
     assert any("pinned host memory" in line for line in plan.table()) and not plain.on_host
     held = [memory.held_by(recipe(stage), "actor", recipe(stage, actor={"offload": o}).actor, 2, 100) for o in (False, True)]
     assert held[1].step - held[0].step == sent["actor"]  # of a small model all parts are there at once
+
+
+def test_frozen_models_are_there_to_score(recipe: Any) -> None:
+    """Reward models and reference come together; each goes when it has scored."""
+    model = {"path": recipe().actor.path, "dtype": "bfloat16"}
+    plain, plan = (
+        planned(recipe(reference={"offload": o}, reward={"components": [{"model": {**model, "offload": o}, "name": "judge"}]})) for o in (False, True)
+    )
+    for phase, items in plan.phases.items():
+        assert ("judge: weights" in items) == (phase == "reward")
+        assert ("reference: weights" in items) == (phase in ("reward", "ref", "values"))
+        assert "judge: weights" in plain.phases[phase] and plan.total(phase) <= plain.total(phase)
+    assert list(plan.phases) == ["gen", "reward", "ref", "values", "update_actor", "update_critic"]
+    assert "judge: forward" in plan.phases["reward"] and plan.total("reward") == plain.total("reward")
 
 
 def test_budget_of_tokens_and_rows(recipe: Any) -> None:
@@ -449,11 +465,129 @@ def test_a_device_that_is_too_small(auto: Any) -> None:
     assert "update_actor takes" in line and "it may run out of memory" in line
 
 
+OFFLOAD = {"offload": "auto"}
+ALL: dict[str, Any] = {"actor": OFFLOAD, "critic": OFFLOAD, "reference": OFFLOAD}
+SIZES = (24, 32, 40, 44, 48, 52, 56, 60, 64, 68, 72, 80, 88, 96, 112, 141, 192, 288)
+
+
+def on_host(config: Config) -> set[str]:
+    return {name for name, role in roles(config) if role.offloaded}
+
+
+def levels_of(config: Config) -> list[int]:
+    return [memory.LEVELS.index(role.recomputed) for _, role in roles(config) if isinstance(role, TrainedModelConfig)]
+
+
+@pytest.fixture
+def judged(auto: Any, large: Path) -> Any:
+    """Under PPO with a reward model: all that may leave, may."""
+    judge = {"model": {"path": large, "dtype": "bfloat16", **OFFLOAD}, "name": "judge"}
+    return lambda **more: auto(**{"algorithm": {"name": "ppo"}, "reward": {"components": [{"function": "exact_match"}, judge]}, **ALL, **more})
+
+
+def recipes(auto: Any, judged: Any) -> dict[str, tuple[Config, int]]:
+    """(recipe, ranks) by name."""
+    return {
+        "ppo": (judged(), 8),
+        "grpo": (auto(**ALL), 8),
+        "zero2": (auto(**ALL, rollout={"release": True}).model_copy(update={"deepspeed": "ds_configs/zero2.json"}), 2),
+        "sft": (auto("sft", **ALL), 8),
+        "reward_model": (auto("reward_model", reward_model=OFFLOAD), 8),
+        "own tokens": (auto(tokens=16_384, **ALL), 8),
+        "own checkpointing": (auto(checkpointing="mlp", **ALL), 8),
+    }
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "zero2", "sft", "reward_model", "own tokens", "own checkpointing"])
+def test_frozen_models_leave_first_then_states_then_layers_are_computed_again(
+    name: str, auto: Any, judged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And more memory never means more of any of them."""
+    config, ranks = recipes(auto, judged)[name]
+    everybody = {name for name, _ in roles(config)}
+    trained = {name for name, role in roles(config) if isinstance(role, TrainedModelConfig)}
+    open_levels = "mlp" not in str(config.actor.gradient_checkpointing)
+    before, seen = (everybody, [9] * len(trained)), []
+    for gib in SIZES:
+        found, line = chosen(config, gib, ranks)
+        away, levels = on_host(found), levels_of(found)
+        assert away <= before[0] and sum(levels) <= sum(before[1]), gib
+        assert not away & trained or everybody - trained <= away  # the frozen first
+        assert not (open_levels and sum(levels)) or away == everybody  # recomputation last
+        fits = needed(found, gib, ranks, monkeypatch) <= gib * (1 - memory.MARGIN)
+        assert fits == ("it may run out of memory" not in line)
+        for role in everybody:
+            section = "reward.components.1.model" if role == "judge" else role
+            assert f"{section}.offload={str(role in away).lower()}" in line
+        before = (away, levels)
+        seen.append(away)
+    assert not seen[-1] and seen[0] == everybody
+    if name in ("ppo", "zero2"):  # elsewhere the frozen models are too small for a step of their own between these sizes
+        assert any(away and away != everybody for away in seen)
+
+
+def test_a_little_more_memory_than_is_enough_brings_the_states_back(auto: Any) -> None:
+    """Between two sizes that need recomputation and nothing at all lies one where offload alone does."""
+    kinds = [(sum(levels_of(found)), sorted(on_host(found))) for found in (chosen(auto(**ALL), gib)[0] for gib in (56, 64, 72))]
+    assert kinds == [(1, ["actor", "reference"]), (0, ["actor", "reference"]), (0, [])]
+    fixed = auto(actor={"offload": False}, reference=OFFLOAD)
+    assert {name for gib in SIZES for name in on_host(chosen(fixed, gib)[0])} == {"reference"}  # what the recipe says wins
+    kept = auto(actor={"offload": True}, reference=OFFLOAD)
+    assert on_host(chosen(kept, 288)[0]) == {"actor"}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "sections"),
+    [
+        ({"zero_optimization": {"stage": 0}}, {"actor": {"dtype": "float32"}}),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {}),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {}),
+        ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "SGD"}}, {}),
+    ],
+)
+def test_auto_is_false_where_offload_is_refused(deepspeed: dict[str, Any], sections: dict[str, Any], auto: Any) -> None:
+    config = auto("sft", actor={**OFFLOAD, **sections.get("actor", {})}).model_copy(update={"deepspeed": deepspeed})
+    role_settings(config, config.actor, world_size=8, on_gpu=True)  # does not raise before it is resolved
+    for gib in (12, 288):
+        found, line = chosen(config, gib)
+        assert not on_host(found) and "actor.offload=false" in line and "no plan" not in line
+
+
+def test_auto_is_false_on_a_shared_base(auto: Any, large: Path) -> None:
+    judge = {"model": {"path": large, "dtype": "bfloat16", "share_base": True, **OFFLOAD}, "name": "judge"}
+    lora = {**OFFLOAD, "lora": {"r": 64}}
+    config = auto(actor=lora, reference={"path": large, **OFFLOAD}, reward={"components": [judge]}).model_copy(
+        update={"deepspeed": "ds_configs/zero2.json"}
+    )
+    found, line = chosen(config, 24, ranks=2)
+    assert on_host(found) == {"actor", "reference"} and "reward.components.0.model.offload=false" in line
+
+
+def test_states_that_are_small_stay(auto: Any) -> None:
+    config = auto("sft", actor={**OFFLOAD, "lora": {"r": 8}})  # 12 bytes of 20 M adapters, an eighth on each rank
+    assert on_host(chosen(config, 12)[0]) == set() and levels_of(chosen(config, 12)[0]) == [2]
+
+
+def test_few_combinations_are_planned(judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 x 3 levels and 2 ** 4 sets on the host; each with some budgets, by halving."""
+    seen, plan = [], memory._plan
+
+    def counted(config: Config, held: Any, *rest: Any) -> Plan:
+        seen.append((tuple(levels_of(config)), frozenset(on_host(config))))
+        return plan(config, held, *rest)
+
+    monkeypatch.setattr(memory, "_plan", counted)
+    chosen(judged(), 12)
+    assert len(set(seen)) == 9 + 3 and len(seen) <= 12 * 8 + 1
+
+
 def test_without_a_gpu(auto: Any) -> None:
     found, line = chosen(auto(), None)
     assert (found.train.forward_tokens, found.actor.recomputed) == (16_384, False)
     assert line == "auto: train.micro_batch_tokens=16384 actor.gradient_checkpointing=false: no GPU to measure by"
-    for read in (lambda: auto().train.forward_tokens, lambda: auto().actor.recomputed):
+    found, line = chosen(auto(**ALL), None)
+    assert not on_host(found) and line.endswith("actor.offload=false reference.offload=false: no GPU to measure by")
+    for read in (lambda: auto().train.forward_tokens, lambda: auto().actor.recomputed, lambda: auto(**ALL).reference.offloaded):
         with pytest.raises(RuntimeError, match="auto is read before it was resolved"):
             read()
 
@@ -480,3 +614,36 @@ def test_what_was_chosen_is_kept_for_a_run_that_goes_on(auto: Any) -> None:
         assert start.train.forward_tokens == 16_384  # memory has run out with more
     elsewhere = config.model_copy(update={"run_dir": config.run_dir / "other"})
     assert read_budget(elsewhere, config.run_dir).train.forward_tokens == 16_384
+
+
+def test_offload_is_kept_for_a_run_that_goes_on(judged: Any, auto: Any) -> None:
+    config = judged()
+    values, _ = choose(config, roles(config), 8, 40 * GIB)
+    write_budget(config.run_dir, 0, "chosen", values)
+    found = read_budget(config, config.run_dir)
+    assert not open_choices(found) and on_host(found) == {"actor", "critic", "reference", "judge"}
+    assert found.reward.components[0] == config.reward.components[0] and found.reward.components[1].model.offloaded is True
+    assert on_host(read_budget(judged(reference={"offload": False}), config.run_dir)) == {"actor", "critic", "judge"}
+    fewer = read_budget(auto(**ALL), config.run_dir)  # a recipe that has no such component any more
+    assert not open_choices(fewer) and on_host(fewer) == {"actor", "reference"}
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_what_is_left_open_later_is_chosen_beside_what_was_chosen_before(goes_on: bool, auto: Any) -> None:
+    before: dict[str, Any] = {"train.micro_batch_tokens": 20_480, "actor.gradient_checkpointing": True}
+    config = auto("sft", actor=OFFLOAD)
+    write_budget(config.run_dir, 0, "chosen", before)
+    told: list[str] = []
+    run: Any = SimpleNamespace(
+        config=read_budget(config, config.run_dir if goes_on else None),
+        world=SimpleNamespace(size=1, is_main=True, local_size=1, gather_objects=lambda value: [value], broadcast_object=lambda value: value),
+        console=SimpleNamespace(message=told.append),
+        resume_from=config.run_dir / "checkpoints" / "checkpoint-1" if goes_on else None,
+        on_gpu=False,
+    )
+    Run.expect(run, 1536)
+    kept = json.loads((config.run_dir / "budget.json").read_text())["chosen"]
+    fresh = {"train.micro_batch_tokens": 16_384, "actor.gradient_checkpointing": False}
+    assert kept == {**(before if goes_on else fresh), "actor.offload": False}
+    assert told[0].startswith("auto: actor.offload=false:" if goes_on else "auto: train.micro_batch_tokens=16384")
+    assert run.config.actor.offloaded is False and run.config.train.forward_tokens == kept["train.micro_batch_tokens"]

@@ -230,7 +230,7 @@ def _reference(run: Run, actor: TrainEngine) -> Callable[..., Any]:
     dtype = model_dtype(role, run.world.device)
     module = load_causal_lm(role, "reference", loading_context(settings, run.world), run.world, dtype, config.train.packing)
     fuse_head(module)
-    return FrozenEngine(module, settings, run.world, role.offload)
+    return FrozenEngine(module, settings, run.world, role.offloaded)
 
 
 def _scorer(run: Run, component: RewardComponentConfig, actor: TrainEngine) -> FunctionReward | RewardModel:
@@ -248,7 +248,7 @@ def _scorer(run: Run, component: RewardComponentConfig, actor: TrainEngine) -> F
     else:
         module = load_scalar_model(role, key, loading_context(settings, run.world), run.world, dtype, "keep", train.packing)
     mean, std = score_statistics(role.path)
-    engine = FrozenEngine(module, settings, run.world, role.offload)
+    engine = FrozenEngine(module, settings, run.world, role.offloaded)
     return RewardModel(engine, mean, std, train, run.world, engine.release)
 
 

@@ -30,6 +30,7 @@ from rlhf.memory import (
     MemoryMeter,
     Plan,
     choose,
+    chosen_before,
     device_capacity,
     longest_row,
     open_choices,
@@ -111,7 +112,8 @@ class Run:
             least = min(known) if len(known) == self.world.size else None
             values, line = choose(self.config, roles(self.config), self.world.size, least, longest)
             if self.world.is_main:
-                write_budget(self.config.run_dir, 0, CHOSEN, values)
+                before = chosen_before(self.config.run_dir) if self.resume_from else {}  # for other keys
+                write_budget(self.config.run_dir, 0, CHOSEN, before | values)
             self.console.message(line)
             # An earlier start without a checkpoint may have found out that less is possible.
             config = with_values(self.config, values)

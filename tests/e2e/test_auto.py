@@ -15,7 +15,7 @@ from tests.e2e.test_resume import assert_same_end, stopped_after
 
 pytestmark = pytest.mark.timeout(300)
 
-ROLE = {"learning_rate": 1e-3, "gradient_checkpointing": "auto"}
+ROLE = {"learning_rate": 1e-3, "gradient_checkpointing": "auto", "offload": "auto"}
 
 
 def recipe_of(ground: Ground, task: str) -> dict[str, Any]:
@@ -41,18 +41,21 @@ def chosen(run_dir: Path) -> Any:
 def test_tasks_of_one_model(task: str, ground: Ground) -> None:
     role = "reward_model" if task == "reward_model" else "actor"
     out = succeed(ground.recipe(f"auto-{task}", recipe_of(ground, task)), launcher="python", env=ground.env).out
-    assert f"auto: train.micro_batch_tokens=16384 {role}.gradient_checkpointing=false: no GPU to measure by" in out
-    assert chosen(ground.run_dir(f"auto-{task}")) == {"train.micro_batch_tokens": 16_384, f"{role}.gradient_checkpointing": False}
+    assert f"auto: train.micro_batch_tokens=16384 {role}.gradient_checkpointing=false {role}.offload=false: no GPU to measure by" in out
+    narrow = {f"{role}.gradient_checkpointing": False, f"{role}.offload": False}
+    assert chosen(ground.run_dir(f"auto-{task}")) == {"train.micro_batch_tokens": 16_384, **narrow}
 
 
 def test_a_run_goes_on_with_what_was_chosen(ground: Ground) -> None:
     recipe, run_dir = ground.recipe("auto-rl", recipe_of(ground, "rl")), ground.run_dir("auto-rl")
     dry = succeed(recipe, "--dry_run", launcher="python", env=ground.env).out
-    line = "auto: train.micro_batch_tokens=16384 actor.gradient_checkpointing=false critic.gradient_checkpointing=false: no GPU to measure by"
+    line = "auto: train.micro_batch_tokens=16384 actor.gradient_checkpointing=false critic.gradient_checkpointing=false "
+    line += "actor.offload=false critic.offload=false: no GPU to measure by"
     assert line in dry and "micro_batch_tokens: 16384" in dry and not run_dir.exists()
 
     # What another machine chose: a start that goes on keeps to it, whatever it would choose itself.
     narrow = {"train.micro_batch_tokens": 64, "actor.gradient_checkpointing": "mlp", "critic.gradient_checkpointing": True}
+    narrow |= {"actor.offload": True, "critic.offload": False}
     given = [f"{key}={str(value).lower()}" for key, value in narrow.items()]
     straight = Finished(run_dir, recipe, succeed(recipe, *given, launcher="python", env=ground.env))
     assert not (run_dir / "budget.json").exists()
