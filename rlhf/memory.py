@@ -474,7 +474,9 @@ def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
         mend = "lower rollout.memory_fraction, rollout.cache_tokens or rollout.prefill_tokens, or use more ranks under ZeRO-3"
     else:
         key, value, least = ("train.micro_batch", train.micro_batch // 2, 1)
-        mend = "set gradient_checkpointing or rollout.release, lower rollout.memory_fraction or the longest row, or use more ranks under ZeRO-3"
+        mend = (
+            "set offload, gradient_checkpointing or rollout.release, lower rollout.memory_fraction or the longest row, or use more ranks under ZeRO-3"
+        )
         if train.forward_tokens:
             key, value, least = TOKENS, int(train.forward_tokens * 0.8) // ROUND * ROUND, ROUND
             if largest_forward(config, longest) > train.forward_tokens:
