@@ -606,11 +606,11 @@ def choose(
 ) -> tuple[dict[str, Value], str]:
     """Values for the keys that are `auto`, and a line that says why; a function of its arguments alone.
 
-    capacity: bytes of the smallest rank's device, None without one. host: of the memory that a rank may have on its host, None if not known.
-    roles, longest: as for `plan_memory`. The budget of tokens is the largest whose
-    update and scoring phases fit; offload and checkpointing are the least with which it is ENOUGH (or all there is), or those of the largest budget
-    if it never is. By what they cost: frozen models leave, then the states of one trained role after the other, then (all these being gone) layers
-    are computed again. So more memory never means more of any of them.
+    capacity: bytes of the smallest rank's device, None without one. host: what a rank may have of its host's, None if not known. roles, longest: as
+    for `plan_memory`. The budget of tokens is the largest whose update and scoring phases fit; offload and checkpointing are the least with which it
+    is ENOUGH (or all there is), or those of the largest budget if it never is. By what they cost: frozen models leave, then the states of one trained
+    role after the other, then (all these being gone) layers are computed again. So a larger device never means more offload, nor more recomputation
+    in all.
     """
     keys, longest = open_choices(config), longest or longest_row(config)
     without: dict[str, Value] = {key: WITHOUT_GPU[key.rsplit(".", 1)[-1]] for key in keys}
