@@ -8,6 +8,7 @@ whatever lasts for less than a layer's backward pass.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -314,6 +315,24 @@ def device_capacity() -> int | None:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
 
 
+def host_capacity(ranks: int, system: Path = Path("/")) -> int | None:
+    """Bytes of host memory that are there for each of this machine's ranks: of what is free, and of what the control groups around us (version 2)
+    leave. None where nothing tells."""
+    room: list[int] = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = dict(line.split(":", 1) for line in (system / "proc/meminfo").read_text().splitlines())
+        room.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError):
+        own = next((line[3:] for line in (system / "proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
+        inner = Path("sys/fs/cgroup") / own.strip("/")
+        for group in (system / folder for folder in (inner, *inner.parents)):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # without a limit it says "max"
+                limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                room.append(limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))  # read files are given up
+    return max(0, min(room)) // ranks if room else None
+
+
 def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, longest: int | None = None, on_gpu: bool = True) -> Plan:
     """roles: as `preflight.roles` lists them; longest: tokens of the longest row, if the data is known. The KV cache is bounded by the device, if
     there is one; else it has all that it asks for. Raises ValueError as `held_by` does."""
@@ -455,7 +474,9 @@ def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
         mend = "lower rollout.memory_fraction, rollout.cache_tokens or rollout.prefill_tokens, or use more ranks under ZeRO-3"
     else:
         key, value, least = ("train.micro_batch", train.micro_batch // 2, 1)
-        mend = "set gradient_checkpointing or rollout.release, lower rollout.memory_fraction or the longest row, or use more ranks under ZeRO-3"
+        mend = (
+            "set offload, gradient_checkpointing or rollout.release, lower rollout.memory_fraction or the longest row, or use more ranks under ZeRO-3"
+        )
         if train.forward_tokens:
             key, value, least = TOKENS, int(train.forward_tokens * 0.8) // ROUND * ROUND, ROUND
             if largest_forward(config, longest) > train.forward_tokens:
@@ -540,6 +561,7 @@ MOST = 32_768  # tokens above which nothing is gained
 WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "gradient_checkpointing": False, "offload": False}
 LEVELS: tuple[Recomputed, ...] = (False, "mlp", True)  # by what they cost
 WORTH_SENDING = 0.25 * GIB  # less is not offloaded
+HOST_SHARE = 0.8  # of the free host memory may be pinned; the rest is for the processes themselves, and for files that are read and written
 
 
 @dataclass(frozen=True)
@@ -575,14 +597,20 @@ def open_choices(config: Config) -> list[str]:
 
 
 def choose(
-    config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, capacity: int | None, longest: int | None = None
+    config: Config,
+    roles: Sequence[tuple[str, ModelConfig]],
+    ranks: int,
+    capacity: int | None,
+    longest: int | None = None,
+    host: int | None = None,
 ) -> tuple[dict[str, Value], str]:
     """Values for the keys that are `auto`, and a line that says why; a function of its arguments alone.
 
-    capacity: bytes of the smallest rank's device, None without one. roles, longest: as for `plan_memory`. The budget of tokens is the largest whose
-    update and scoring phases fit; offload and checkpointing are the least with which it is ENOUGH (or all there is), or those of the largest budget
-    if it never is. By what they cost: frozen models leave, then the states of one trained role after the other, then (all these being gone) layers
-    are computed again. So more memory never means more of any of them.
+    capacity: bytes of the smallest rank's device, None without one. host: what a rank may have of its host's, None if not known. roles, longest: as
+    for `plan_memory`. The budget of tokens is the largest whose update and scoring phases fit; offload and checkpointing are the least with which it
+    is ENOUGH (or all there is), or those of the largest budget if it never is. By what they cost: frozen models leave, then the states of one trained
+    role after the other, then (all these being gone) layers are computed again. So a larger device never means more offload, nor more recomputation
+    in all.
     """
     keys, longest = open_choices(config), longest or longest_row(config)
     without: dict[str, Value] = {key: WITHOUT_GPU[key.rsplit(".", 1)[-1]] for key in keys}
@@ -638,7 +666,8 @@ def choose(
         return least + (low - 1) * ROUND if low else 0
 
     passed: list[tuple[int, _Choice]] = []
-    for choice in _ladder(held, recomputed, movable):
+    ladder = _ladder(held, recomputed, movable, None if host is None else host * HOST_SHARE)
+    for choice in ladder:
         tokens = budget(choice)
         if tokens >= enough:
             break
@@ -648,6 +677,9 @@ def choose(
     found = values(choice, tokens or least)
     size, phase = fullest(choice, tokens or least)
     why = f"{phase} takes {size / GIB:.1f} of {gib}"
+    most_sent = ladder[-1].sent
+    if host is not None and any(other.sent == most_sent for _, other in passed) and len(most_sent) < len(_worth_sending(held, movable)):
+        why += f", and no more can be offloaded to the {host / GIB:.1f} GiB that a rank has on the host"
     if not tokens:
         return found, _line(found, f"{why}, though nothing smaller can be chosen: it may run out of memory")
     if TOKENS in keys and tokens == most:
@@ -657,16 +689,21 @@ def choose(
     return found, _line(found, f"{why} (rows of at most {longest} tokens)")
 
 
-def _ladder(held: Mapping[str, Held], recomputed: Sequence[str], movable: Sequence[str]) -> list[_Choice]:
-    """By what they cost; each further one offloads at least what those before it do, and recomputes no less in all."""
+def _worth_sending(held: Mapping[str, Held], movable: Sequence[str]) -> list[str]:
+    return [name for name in movable if held[name].leaves >= WORTH_SENDING]
+
+
+def _ladder(held: Mapping[str, Held], recomputed: Sequence[str], movable: Sequence[str], room: float | None) -> list[_Choice]:
+    """By what they cost; each further one offloads at least what those before it do, and recomputes no less in all. room: bytes on the host."""
     levels = sorted(
         itertools.product(*(LEVELS if held[name].mlps else (False, True) for name in recomputed)), key=lambda levels: _Choice(levels).cost
     )
-    worth = [name for name in movable if held[name].leaves >= WORTH_SENDING]
+    worth, there = _worth_sending(held, movable), sum(h.on_host for h in held.values())
     frozen = tuple(name for name in worth if not held[name].trained)
     sent = [(), *[frozen] * bool(frozen)]
     for name in sorted((name for name in worth if held[name].trained), key=lambda name: -held[name].leaves):
         sent.append((*sent[-1], name))
+    sent = [names for names in sent if not names or room is None or there + sum(held[name].leaves for name in names) <= room]
     return [_Choice(levels[0], names) for names in sent] + [_Choice(further, sent[-1]) for further in levels[1:]]
 
 

@@ -21,7 +21,7 @@ from rlhf.config import (
     to_yaml,
 )
 from rlhf.distributed import launch_environment
-from rlhf.memory import blank_model, choose, device_capacity, open_choices, plan_memory, with_values
+from rlhf.memory import blank_model, choose, device_capacity, host_capacity, open_choices, plan_memory, with_values
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.loading import read_architecture
@@ -79,12 +79,12 @@ def _check_tokenizers(config: Config) -> None:
 def describe(config: Config) -> str:
     """Resolved config, batch arithmetic, and which model sits where under which DeepSpeed settings. What is `auto` is chosen for the GPU here,
     if there is one, and the longest row that the recipe allows; a run knows its data."""
-    world_size = launch_environment()[1]
+    _, world_size, _, local_size = launch_environment()
     on_gpu = torch.cuda.is_available()
     check(config, world_size, on_gpu)
     chosen: list[str] = []
     if open_choices(config):
-        values, line = choose(config, roles(config), world_size, device_capacity())
+        values, line = choose(config, roles(config), world_size, device_capacity(), host=host_capacity(local_size))
         config, chosen = with_values(config, values), ["", line]
     lines = [
         to_yaml(config),

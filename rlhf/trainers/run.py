@@ -32,6 +32,7 @@ from rlhf.memory import (
     choose,
     chosen_before,
     device_capacity,
+    host_capacity,
     longest_row,
     open_choices,
     plan_memory,
@@ -107,10 +108,11 @@ class Run:
         where something is left)"""
         self.longest = longest
         if open_choices(self.config):
-            capacities = self.world.gather_objects(device_capacity())  # (collective)
-            known = [capacity for capacity in capacities if capacity is not None]
+            found = self.world.gather_objects((device_capacity(), host_capacity(self.world.local_size)))  # (collective)
+            known = [capacity for capacity, _ in found if capacity is not None]
             least = min(known) if len(known) == self.world.size else None
-            values, line = choose(self.config, roles(self.config), self.world.size, least, longest)
+            host = min((room for _, room in found if room is not None), default=None)
+            values, line = choose(self.config, roles(self.config), self.world.size, least, longest, host)
             if self.world.is_main:
                 before = chosen_before(self.config.run_dir) if self.resume_from else {}  # for other keys
                 write_budget(self.config.run_dir, 0, CHOSEN, before | values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf import offload
+from rlhf import memory, offload
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.models.loading import load_causal_lm
 from rlhf.offload import OffloadedStates, Parked
+from rlhf.trainers import run as run_module
 from rlhf.trainers.rl import train_rl
 from tests.distributed.steps import weights
 from tests.distributed.test_engine import causal_engine, forward, settings, train
@@ -166,7 +168,7 @@ def test_tied_weights_are_parked_once() -> None:
 # ---- the loop
 
 
-def whole_run(world: World, models: Path, folder: Path, offloads: bool) -> dict[str, bytes]:
+def whole_run(world: World, models: Path, folder: Path, offloads: bool | str) -> dict[str, bytes]:
     data = write_jsonl(folder / f"prompts-{world.rank}.jsonl", [{"prompt": f"w{i} w5 w6", "answer": "w7"} for i in range(4, 10)])
     key = {"offload": offloads}
     config = rl_config(
@@ -183,12 +185,18 @@ def whole_run(world: World, models: Path, folder: Path, offloads: bool) -> dict[
         rollout={"prompts": 4, "group_size": 2, "max_new_tokens": 6},
         train={"steps": 2, "micro_batch": 3},
     )
+    if offloads == "auto":  # as on a GPU without any room
+        run_module.device_capacity, memory.WORTH_SENDING = lambda: 1, 0
     with ExitStack() as cleanup:
         train_rl(config, world, "never", cleanup)
+    if offloads == "auto":
+        values = json.loads((config.run_dir / memory.BUDGET).read_text())[memory.CHOSEN]
+        sections = ("actor", "critic", "reference", "reward.components.0.model")
+        assert values == {f"{section}.offload": True for section in sections}
     return {p.name: p.read_bytes() for p in (folder / f"run-{offloads}" / "checkpoints").rglob("*.safetensors")}
 
 
 def test_the_loop_computes_the_same_bits(models: Path, tmp_path: Path) -> None:
     """PPO with all four models under ZeRO-3."""
-    plain, sent = (run_ranks(whole_run, 2, models, tmp_path, o)[0] for o in (False, True))
-    assert plain and sent == plain
+    plain, sent, auto = (run_ranks(whole_run, 2, models, tmp_path, o)[0] for o in (False, True, "auto"))
+    assert plain and sent == plain and auto == plain
