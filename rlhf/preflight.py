@@ -7,6 +7,7 @@ import json
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
+from rlhf.budget import choose, open_choices, with_values
 from rlhf.config import (
     Config,
     ModelConfig,
@@ -21,7 +22,7 @@ from rlhf.config import (
     to_yaml,
 )
 from rlhf.distributed import launch_environment
-from rlhf.memory import blank_model, choose, device_capacity, host_capacity, open_choices, plan_memory, with_values
+from rlhf.memory import blank_model, device_capacity, host_capacity, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.loading import read_architecture

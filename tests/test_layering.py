@@ -26,6 +26,7 @@ LAYERS = {
     "rlhf.experience": 4,
     "rlhf.checkpoint": 4,
     "rlhf.memory": 4,
+    "rlhf.budget": 4,
     "rlhf.metrics": 4,
     "rlhf.preflight": 4,
     "rlhf.trainers": 5,

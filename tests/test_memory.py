@@ -13,27 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from rlhf import memory
+from rlhf import budget, memory
 from rlhf.batching import pack
+from rlhf.budget import choose, open_choices, read_budget, smaller, with_value, with_values, write_budget
 from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config, role_settings
-from rlhf.memory import (
-    GIB,
-    MemoryMeter,
-    Plan,
-    blank_model,
-    choose,
-    largest_forward,
-    longest_row,
-    norm_per_token,
-    open_choices,
-    plan_memory,
-    read_budget,
-    saved_per_token,
-    smaller,
-    with_value,
-    with_values,
-    write_budget,
-)
+from rlhf.memory import GIB, MemoryMeter, Plan, blank_model, largest_forward, longest_row, norm_per_token, plan_memory, saved_per_token
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
 from rlhf.models.checkpointing import recompute
@@ -419,15 +403,15 @@ def test_what_is_chosen_fits_and_more_memory_costs_no_speed(task: str, sections:
     for gib in (24, 40, 48, 56, 64, 72, 80, 96, 112, 141, 192, 288):
         found, line = chosen(config, gib)
         role, tokens = getattr(found, name), found.train.forward_tokens
-        assert tokens is not None and tokens % 256 == 0 and longest_row(config) <= tokens <= memory.MOST
+        assert tokens is not None and tokens % 256 == 0 and longest_row(config) <= tokens <= budget.MOST
         assert f"train.micro_batch_tokens={tokens}" in line and f"{name}.gradient_checkpointing={str(role.recomputed).lower()}" in line
-        level = -sum(memory.LEVELS.index(trained.recomputed) for _, trained in roles(found) if isinstance(trained, TrainedModelConfig))
-        fits = needed(found, gib, 8, monkeypatch) <= gib * (1 - memory.MARGIN)
+        level = -sum(budget.LEVELS.index(trained.recomputed) for _, trained in roles(found) if isinstance(trained, TrainedModelConfig))
+        fits = needed(found, gib, 8, monkeypatch) <= gib * (1 - budget.MARGIN)
         assert fits == ("it may run out of memory" not in line)
         now = (int(fits), level, tokens)  # with as much recomputation the budget never falls, and recomputation never grows
         assert now >= before, (gib, now, before)
-        if fits and tokens < memory.MOST and "no rows to take" not in line:  # nothing larger fits
-            assert needed(with_value(found, "train.micro_batch_tokens", tokens + 256), gib, 8, monkeypatch) > gib * (1 - memory.MARGIN)
+        if fits and tokens < budget.MOST and "no rows to take" not in line:  # nothing larger fits
+            assert needed(with_value(found, "train.micro_batch_tokens", tokens + 256), gib, 8, monkeypatch) > gib * (1 - budget.MARGIN)
         assert ("tokens fit with" in line) == (level < 0 and fits)
         before = now
         seen.add(role.recomputed)
@@ -439,8 +423,8 @@ def test_checkpointing_for_a_budget_of_the_recipe(auto: Any, monkeypatch: pytest
     for gib in (24, 60, 80, 100, 141, 288):
         found, _ = chosen(auto(tokens=16_384), gib)
         assert found.train.forward_tokens == 16_384
-        levels.append(memory.LEVELS.index(found.actor.recomputed))
-        assert needed(found, gib, 8, monkeypatch) <= gib * (1 - memory.MARGIN) or levels[-1] == 2
+        levels.append(budget.LEVELS.index(found.actor.recomputed))
+        assert needed(found, gib, 8, monkeypatch) <= gib * (1 - budget.MARGIN) or levels[-1] == 2
     assert levels == sorted(levels, reverse=True) and set(levels) == {0, 1, 2}
     assert open_choices(auto(tokens=16_384, checkpointing="mlp")) == []
 
@@ -475,7 +459,7 @@ def on_host(config: Config) -> set[str]:
 
 
 def levels_of(config: Config) -> list[int]:
-    return [memory.LEVELS.index(role.recomputed) for _, role in roles(config) if isinstance(role, TrainedModelConfig)]
+    return [budget.LEVELS.index(role.recomputed) for _, role in roles(config) if isinstance(role, TrainedModelConfig)]
 
 
 @pytest.fixture
@@ -514,7 +498,7 @@ def test_frozen_models_leave_first_then_states_then_layers_are_computed_again(
         assert away <= before[0] and sum(levels) <= sum(before[1]), gib
         assert not away & trained or everybody - trained <= away  # the frozen first
         assert not (open_levels and sum(levels)) or away == everybody  # recomputation last
-        fits = needed(found, gib, ranks, monkeypatch) <= gib * (1 - memory.MARGIN)
+        fits = needed(found, gib, ranks, monkeypatch) <= gib * (1 - budget.MARGIN)
         assert fits == ("it may run out of memory" not in line)
         for role in everybody:
             section = "reward.components.1.model" if role == "judge" else role
@@ -599,13 +583,13 @@ def test_states_that_are_small_stay(auto: Any) -> None:
 
 def test_few_combinations_are_planned(judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 3 x 3 levels and 2 ** 4 sets on the host; each with some budgets, by halving."""
-    seen, plan = [], memory._plan
+    seen, plan = [], budget.plan_of
 
     def counted(config: Config, held: Any, *rest: Any) -> Plan:
         seen.append((tuple(levels_of(config)), frozenset(on_host(config))))
         return plan(config, held, *rest)
 
-    monkeypatch.setattr(memory, "_plan", counted)
+    monkeypatch.setattr(budget, "plan_of", counted)
     chosen(judged(), 12)
     assert len(set(seen)) == 9 + 3 and len(seen) <= 12 * 8 + 1
 

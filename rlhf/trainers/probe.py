@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rlhf.budget import smaller, with_value, write_budget
 from rlhf.config import Config, TrainedModelConfig
-from rlhf.memory import blank_model, largest_forward, smaller, with_value, write_budget
+from rlhf.memory import blank_model, largest_forward
 from rlhf.models.checkpointing import decoder_layers, recompute
 from rlhf.models.fused import fuse
 from rlhf.models.loading import model_dtype, read_architecture, without_dropout

@@ -20,28 +20,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
 from rlhf.checkpoint import Checkpoints, Saved
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
 from rlhf.distributed import EXIT_AGAIN, World, device_names
 from rlhf.engine import TrainEngine, loading_context
-from rlhf.memory import (
-    BUDGET,
-    CHOSEN,
-    MemoryMeter,
-    Plan,
-    choose,
-    chosen_before,
-    device_capacity,
-    host_capacity,
-    longest_row,
-    open_choices,
-    plan_memory,
-    read_budget,
-    smaller,
-    value_of,
-    with_values,
-    write_budget,
-)
+from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, longest_row, plan_memory
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.export import export_adapter, export_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf import memory, offload
+from rlhf import budget, offload
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.models.loading import load_causal_lm
@@ -186,11 +186,11 @@ def whole_run(world: World, models: Path, folder: Path, offloads: bool | str) ->
         train={"steps": 2, "micro_batch": 3},
     )
     if offloads == "auto":  # as on a GPU without any room
-        run_module.device_capacity, memory.WORTH_SENDING = lambda: 1, 0
+        run_module.device_capacity, budget.WORTH_SENDING = lambda: 1, 0
     with ExitStack() as cleanup:
         train_rl(config, world, "never", cleanup)
     if offloads == "auto":
-        values = json.loads((config.run_dir / memory.BUDGET).read_text())[memory.CHOSEN]
+        values = json.loads((config.run_dir / budget.BUDGET).read_text())[budget.CHOSEN]
         sections = ("actor", "critic", "reference", "reward.components.0.model")
         assert values == {f"{section}.offload": True for section in sections}
     return {p.name: p.read_bytes() for p in (folder / f"run-{offloads}" / "checkpoints").rglob("*.safetensors")}
