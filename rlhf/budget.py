@@ -117,7 +117,7 @@ MOST = 32_768  # tokens above which nothing is gained
 WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "gradient_checkpointing": False, "offload": False}
 LEVELS: tuple[Recomputed, ...] = (False, "mlp", True)  # by what they cost
 WORTH_SENDING = 0.25 * GIB  # less is not offloaded
-HOST_SHARE = 0.8  # of the free host memory may be pinned; the rest is for the processes themselves, and for files that are read and written
+HOST_SHARE = 0.6  # of the host memory may be pinned; the rest is for the processes themselves, and for files that are read and written
 
 
 @dataclass(frozen=True)

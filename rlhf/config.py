@@ -684,6 +684,7 @@ _REFUSED = {
     "scheduler": "schedules are set in the recipe: actor.schedule, actor.warmup_steps",
     "zero_force_ds_cpu_optimizer": "remove it",
     "pipeline": "pipeline parallelism is not supported",
+    "torch_autocast": "the rollout and the fused kernels compute in the model's own dtype: set actor.dtype",
     "compression_training": "not supported",
 }
 

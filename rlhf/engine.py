@@ -402,6 +402,11 @@ class FrozenEngine:
         weights = [getattr(p, "ds_tensor", p.data) for p in module.parameters()]
         self._parked = Parked(weights, world.device) if offload else None
 
+    @property
+    def visiting(self) -> int:
+        """Bytes that are on the device only while it is used."""
+        return self._parked.nbytes if self._parked else 0
+
     def fetch(self) -> None:
         """Under offload the weights set out for the device, so that the next call need not wait for them."""
         if self._parked:
@@ -540,7 +545,12 @@ class TrainEngine:
             group["lr"] = rate
         if self._offloaded:
             self._offloaded.begin()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except BaseException:
+            if self._offloaded:
+                self._offloaded.abandon()
+            raise
         if self._offloaded:
             self._offloaded.finish()
         self.optimizer_steps += 1

@@ -312,21 +312,19 @@ def device_capacity() -> int | None:
 
 
 def host_capacity(ranks: int, system: Path = Path("/")) -> int | None:
-    """Bytes of host memory that are there for each of this machine's ranks: of what is free, and of what the control groups around us (version 2)
-    leave. None where nothing tells."""
+    """Bytes of host memory for each of this machine's ranks: what is installed, or what the control groups around us (version 2) allow, whichever is
+    less. Not what is free at the moment: a run that is started again must come to the same choice. None where nothing tells."""
     room: list[int] = []
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = dict(line.split(":", 1) for line in (system / "proc/meminfo").read_text().splitlines())
-        room.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        room.append(int(lines["MemTotal"].split()[0]) * 1024)
     with contextlib.suppress(OSError):
         own = next((line[3:] for line in (system / "proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
         inner = Path("sys/fs/cgroup") / own.strip("/")
         for group in (system / folder for folder in (inner, *inner.parents)):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # without a limit it says "max"
-                limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                room.append(limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))  # read files are given up
-    return max(0, min(room)) // ranks if room else None
+            with contextlib.suppress(OSError, ValueError):  # without a limit it says "max"
+                room.append(int((group / "memory.max").read_text()))
+    return min(room) // ranks if room else None
 
 
 def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, longest: int | None = None, on_gpu: bool = True) -> Plan:
@@ -368,7 +366,8 @@ def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, 
     pool = float(wanted_pages(sizes, longest) * page)
     if capacity and not rollout.cache_tokens:  # made before the first step, when some moments are not there yet
         missing = sum(h.moments for h in held.values() if not h.early)
-        free = capacity - sum(always.values()) - sum(own.values()) + missing - working
+        returning = sum(h.weights + h.visiting for h in held.values() if h.visiting)
+        free = capacity - sum(always.values()) - sum(own.values()) + missing - working - returning
         pool = min(pool, max(0.0, free * rollout.memory_fraction))
     cache = {**own, "rollout: KV cache": pool}
     after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache

@@ -101,6 +101,7 @@ class OffloadedStates:
             self._first[id(master)] = len(self._parts)
             self._parts += [(i, a, min(a + PART, master.numel())) for a in range(0, master.numel(), PART)]
         self._done = 0  # parts of this step
+        self._torn = False
         self._apply = optimizer.step
         optimizer.step = self._step  # type: ignore[method-assign, assignment]
 
@@ -108,6 +109,7 @@ class OffloadedStates:
         """The first parts set out for the device, before anybody knows the norm of the gradient."""
         if self._slots:
             return
+        self._refuse_torn()
         dtypes = {key: flat.dtype for i in range(len(self._masters)) for key, flat in self._flat(i).items()}
         self._slots = [_Slot({key: self._place(dtype) for key, dtype in dtypes.items()}) for _ in range(SLOTS)]
         self._in.wait_stream(self._api.current_stream())  # whoever had the slots' memory before
@@ -127,9 +129,18 @@ class OffloadedStates:
                 tensor.record_stream(self._out)
         self._slots = []
 
+    def abandon(self) -> None:
+        """The step failed halfway: some weights have been stepped, others not. Neither another step nor a checkpoint may follow."""
+        self._torn, self._slots = True, []
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise RuntimeError("offload=true: an optimizer step failed halfway, the weights are partly stepped; start again from the last checkpoint")
+
     @contextlib.contextmanager
     def at_hand(self) -> Iterator[None]:
         """Masters are their tensors on the host: to be saved, or to be loaded into. States that a load has made go where they belong."""
+        self._refuse_torn()
         self._api.synchronize()
         before = [self._flat(i) for i in range(len(self._masters))]
         for master, kept in zip(self._masters, self._kept, strict=True):

@@ -269,6 +269,7 @@ def test_trap_32_bf16_accumulation_is_refused() -> None:
         ({"bf16": {"enabled": True}}, r"`bf16.enabled` is True but the model dtype is float32"),
         ({"bf16": True}, r"`bf16` must be an object"),
         ({"fp16": {"enabled": True}}, r"`fp16`: fp16 loss scaling is not supported: use bf16 or fp32"),
+        ({"torch_autocast": {"enabled": True}}, r"`torch_autocast`: the rollout and the fused kernels compute in the model's own dtype"),
         ({"scheduler": {"type": "WarmupLR"}}, r"`scheduler`: schedules are set in the recipe: actor.schedule"),
         ({"zero_optimization": {"stage": 4}}, r"`zero_optimization.stage` is 4; 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, r"`zero_optimization.overlap_comm` needs stage 2 or 3, the stage is 1"),

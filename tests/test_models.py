@@ -154,6 +154,22 @@ def test_adapters_compute_what_pefts_own_forward_does(models: Path, name: str) -
         torch.testing.assert_close(tensor, found[1][key], atol=1e-9, rtol=1e-9)
 
 
+def test_what_the_products_cannot_do_is_pefts(models: Path) -> None:
+    """Autocast, a second adapter, no rows."""
+    ours, theirs = (with_adapters(models / "llama") for _ in range(2))
+    for layer in theirs.modules():
+        if isinstance(layer, LoraLayer):
+            del layer.forward
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(ours), logits(theirs))
+    layer = ours.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert layer(torch.zeros(1, 0, layer.in_features)).shape == (1, 0, layer.out_features)
+    for model in (ours, theirs):
+        model.add_adapter("second", model.peft_config["default"])
+        model.set_adapter("second")
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-6, rtol=1e-6)
+
+
 def test_adapters_are_of_the_bases_dtype(models: Path) -> None:
     """ZeRO-3 casts nothing that was loaded in parts: float32 adapters in a bfloat16 model stay so, and each keeps a float32 copy of its input."""
     model = add_adapters(causal(models / "llama").bfloat16(), LoraConfig(r=4), seed=0)

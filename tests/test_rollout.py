@@ -777,8 +777,8 @@ def test_the_recipe_reaches_the_engine(models: Path) -> None:
         "deepspeed": {"hybrid_engine": {"max_out_tokens": 12}},
     }
     config = parse_config({**recipe, "deterministic": True})
-    assert engine_settings(config, 77) == EngineSettings(
-        max_batch=3, max_context=77, cache_tokens=640, memory_fraction=0.25, prefill_tokens=99, deterministic=True
+    assert engine_settings(config, 77, 5) == EngineSettings(
+        max_batch=3, max_context=77, cache_tokens=640, memory_fraction=0.25, prefill_tokens=99, deterministic=True, reserve=5
     )  # fmt: skip
     assert not engine_settings(parse_config(recipe), 77).deterministic
     assert check_lengths(config, [Prompt([4] * 4, "", "test")], []) == 12

@@ -44,7 +44,7 @@ def mlps(module: nn.Module, key: str) -> list[nn.Module]:
 def recompute(module: Any, what: Recomputed, key: str) -> None:
     """From here on the backward pass computes this much of the model again. After adapters and fused kernels are in place. ValueError as `mlps`."""
     if what == "mlp":
-        for part in mlps(module, key):
+        for part in dict.fromkeys(mlps(module, key)):  # layers may be one module (`probe.stand_in`)
             part.forward = functools.partial(_again, part.forward)
     elif what:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": _contexts})

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from rlhf.ops.fused import gated_down, rms_norm, rotate, rotates, silu_mul_pair
 
-FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}  # those of the rollout's lean decoder
+# Those of the rollout's lean decoder. Their layers add what the MLP gives to the residual, and nothing else takes it: a second run of a layer or MLP
+# leaves it undefined (`ops.fused.computed_again`). A family that multiplies or norms it first must not come in here as it is.
+FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}
 
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 _replaced: set[Rotary] = set()  # functions that stand in for a family's `apply_rotary_pos_emb`

@@ -64,14 +64,18 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
 
 
 def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    """peft's forward, in products alone where it can be. Weights must be at hand: outside of a decoder layer, ZeRO-3 gathers in the hooks of the
-    modules that peft would call."""
-    base, (name,) = layer.base_layer, layer.lora_A.keys()
+    """peft's forward, in products alone where it can be: one plain adapter, switched on, in the dtype of its input. Under ZeRO-3 the weights are
+    there, because a decoder layer is gathered as a whole, or because DeepSpeed gathers a weight that somebody asks a module for."""
+    base, names = layer.base_layer, list(layer.lora_A)
+    plain = names == layer.active_adapters and len(names) == 1 and not (layer.disable_adapters or layer.merged or layer.lora_variant)
+    if args or options or not plain or torch.is_autocast_enabled(x.device.type):
+        out: Tensor = LoraLinear.forward(layer, x, *args, **options)
+        return out
+    (name,) = names
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     whole = (base.weight.shape, a.shape[1], b.shape[0]) == ((base.out_features, base.in_features), base.in_features, base.out_features)
-    plain = isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_variant and not layer.fan_in_fan_out
-    if args or options or layer.disable_adapters or layer.merged or not (whole and plain) or x.dtype != a.dtype:
-        out: Tensor = LoraLinear.forward(layer, x, *args, **options)
+    if not whole or layer.fan_in_fan_out or x.dtype != a.dtype or not isinstance(layer.lora_dropout[name], nn.Identity):
+        out = LoraLinear.forward(layer, x)
         return out
     out = _LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name])  # type: ignore[no-untyped-call]
     return out
@@ -89,18 +93,19 @@ class _LoraProduct(torch.autograd.Function):
         out.addmm_(inner, b.t())
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         x, weight, a, b, inner = ctx.saved_tensors
         rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
         d_inner = (d_rows @ b).mul_(ctx.scale)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = (d_rows @ weight).addmm_(d_inner, a).view(x.shape)
-        return d_x, None, None, d_inner.t() @ rows, d_rows.t() @ inner, None
+        _, _, _, learns_a, learns_b, _ = ctx.needs_input_grad
+        return d_x, None, None, d_inner.t() @ rows if learns_a else None, d_rows.t() @ inner if learns_b else None, None
 
 
 def _check_targets(module: nn.Module, config: LoraConfig) -> None:
@@ -177,7 +182,7 @@ def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
 
 def kept_whole(module: nn.Module) -> int:
     """Elements up to which ZeRO-3 keeps a parameter on every rank where the DeepSpeed JSON does not say: DeepSpeed's own 100,000, and adapters, which
-    are small and many: gathered one by one, the 392 of a 7B model take longer than their bytes."""
+    are small and many: gathered one by one, the 392 of a 7B model take longer than their bytes. Base weights as small stay whole too."""
     return max([100_000, *(p.numel() for name, p in module.named_parameters() if ".lora_" in name)])
 
 

@@ -285,7 +285,7 @@ class _GatedDown(torch.autograd.Function):
         g = _rows(gate)
         inner, (n, width) = torch.empty_like(g), g.shape
         _silu_mul[(n, triton.cdiv(width, 1024))](g, _rows(up), inner, n, width, width, 1024, num_warps=4, **_early())
-        return F.linear(inner, weight).view(*gate.shape[:-1], -1)
+        return F.linear(inner, weight).view(*gate.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

@@ -39,6 +39,7 @@ class EngineSettings:
     max_context: int = 0  # most tokens of prompt and response; 0 = what the first call needs
     cache_tokens: int = 0  # tokens that the KV cache holds; 0 = what max_batch sequences need, as far as memory allows
     memory_fraction: float = 0.85  # of the memory that is free when the cache is made
+    reserve: int = 0  # bytes that are free when the cache is made, but not for it: others come back for them
     page_size: int = 64
     prefill_tokens: int = 16_384  # most prompt tokens in one forward
     look_every: int = 8  # decode steps between looks of the host (1 on CPU)
@@ -253,12 +254,12 @@ class HybridEngine:
             return wanted
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(self.device)[0] - working_bytes(self.config, s, self.dtype)
+            free = torch.cuda.mem_get_info(self.device)[0] - working_bytes(self.config, s, self.dtype) - s.reserve
         else:
             import psutil
 
             free = psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        pages = min(wanted, int(free * s.memory_fraction) // page_bytes)
+        pages = min(wanted, max(0, int(free * s.memory_fraction)) // page_bytes)
         if s.deterministic and pages < wanted:
             raise ValueError(
                 f"rollout: a KV cache for {s.max_batch} sequences of {max_context} tokens needs {wanted * page_bytes / 2**30:.1f} GiB, "

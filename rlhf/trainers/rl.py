@@ -61,14 +61,17 @@ class Models:
 
     def fetch(self) -> None:
         """What is to be scored next sets out for the device, where `offload` keeps its weights on the host."""
-        scorers = [scorer.forward for scorer in self.rewards.scorers if isinstance(scorer, RewardModel)] if self.rewards else []
-        for model in (*scorers, self.reference):
-            if isinstance(model, FrozenEngine):
-                model.fetch()
+        for model in frozen_engines(self.rewards, self.reference):
+            model.fetch()
 
     @property
     def engines(self) -> dict[str, TrainEngine]:
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+
+
+def frozen_engines(rewards: Rewards | None, reference: Any) -> list[FrozenEngine]:
+    scorers = [scorer.forward for scorer in rewards.scorers if isinstance(scorer, RewardModel)] if rewards else []
+    return [model for model in (*scorers, reference) if isinstance(model, FrozenEngine)]
 
 
 def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> None:
@@ -136,8 +139,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
             if release:
                 models.hybrid_engine.release()
             rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
-        models.fetch()
         with timer.phase("reward"):
+            models.fetch()
             if early is not None:
                 early.finish()
             scores = models.rewards.score(rollout, early)  # (collective)
@@ -182,16 +185,19 @@ def build_models(run: Run, max_context: int = 0) -> Models:
     scorers = [_scorer(run, component, actor) for component in config.reward.components]
     ends = eos_token_ids(config.actor.path, run.tokenizer, config.rollout.eos_token_ids)
     assert isinstance(run.tokenizer.pad_token_id, int)
+    reference = _reference(run, actor) if config.uses_reference else None
+    rewards = Rewards(config.reward, scorers, run.tokenizer, world)
+    visiting = sum(model.visiting for model in frozen_engines(rewards, reference))
     return Models(
         actor=actor,
         critic=critic,
-        reference=_reference(run, actor) if config.uses_reference else None,
-        rewards=Rewards(config.reward, scorers, run.tokenizer, world),
+        reference=reference,
+        rewards=rewards,
         hybrid_engine=HybridEngine(
             without_dropout(read_architecture(config.actor, "actor")),
             ends,
             run.tokenizer.pad_token_id,
-            engine_settings(config, max_context),
+            engine_settings(config, max_context, visiting),
             world.device,
             model_dtype(config.actor, world.device),
             world.beat,
@@ -203,7 +209,7 @@ def build_models(run: Run, max_context: int = 0) -> Models:
     )
 
 
-def engine_settings(config: Config, max_context: int) -> EngineSettings:
+def engine_settings(config: Config, max_context: int, reserve: int = 0) -> EngineSettings:
     r = config.rollout
     return EngineSettings(
         max_batch=r.max_batch,
@@ -212,6 +218,7 @@ def engine_settings(config: Config, max_context: int) -> EngineSettings:
         memory_fraction=r.memory_fraction,
         prefill_tokens=r.prefill_tokens,
         deterministic=bool(config.deterministic),
+        reserve=reserve,
     )
 
 
