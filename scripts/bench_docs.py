@@ -27,7 +27,9 @@ INTRODUCTION = """\
 
 # Benchmarks
 
-Every number was measured with the command that stands below its table, at the commit in its row. In brackets: 95 % intervals.
+Every number in a table was measured with the command that stands below it, at the commit in its row; `-dirty`: with changes that the
+commit after it holds. Figures that the notes call earlier stood in earlier versions of results.jsonl; a probe is a script that was not kept.
+In brackets: 95 % intervals.
 """
 
 
