@@ -18,8 +18,7 @@ ruff check .
 ruff format --check .
 mypy
 
-suites=(tests/test_*.py)
-for folder in tests/distributed tests/e2e; do
-    [ ! -d "$folder" ] || suites+=("$folder")
-done
-pytest -m "$marks" "${suites[@]}"
+# Two at a time, each file by one worker: most of a test with two ranks is starting them.
+parallel=(-n 2 --dist loadfile -m "$marks")
+pytest "${parallel[@]}" tests/test_*.py
+pytest "${parallel[@]}" tests/distributed tests/e2e
