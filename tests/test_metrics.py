@@ -230,6 +230,16 @@ def test_plain_console_prints_a_line_per_step() -> None:
     assert third == "saved [x]"
 
 
+def test_lost_samples_are_on_the_line() -> None:
+    stream = io.StringIO()
+    console = Console("auto", 10, active=True, stream=stream)
+    for step, lost in enumerate((0.0, 48.0, 0.0)):
+        console.step(step + 1, {"critic/score/mean": 0.25, "reward/invalid": lost})
+    console.close()
+    first, second, third = stream.getvalue().splitlines()
+    assert "lost" not in first and "  lost 48  " in second and "  lost 0  " in third
+
+
 def test_live_console_keeps_log_lines_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)

@@ -20,6 +20,7 @@ from rich.text import Text
 _SHOWN = {
     "loss": ("train/loss", "actor/pg_loss"),
     "reward": ("critic/score/mean", "critic/rewards/mean"),
+    "lost": ("reward/invalid",),  # samples without a score: from the first on
     "kl": ("actor/kl", "actor/kl_loss", "actor/ppo_kl"),
     "val": ("val-core/",),
     "tok/s": ("perf/throughput", "rollout/throughput_tokens_per_sec"),
@@ -65,7 +66,7 @@ class Console:
         ordered = sorted(metrics, key=lambda k: ("/mean" not in k, k))  # a mean before the bounds of its interval
         for label, names in _SHOWN.items():
             key = next((k for name in names for k in ordered if k == name or (name.endswith("/") and k.startswith(name))), None)
-            if key is not None:
+            if key is not None and (label != "lost" or metrics[key] or label in self._shown):
                 self._shown[label] = metrics[key]
         if self._live is None:
             values = "".join(f"  {label} {value:.4g}" for label, value in self._shown.items())
