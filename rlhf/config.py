@@ -116,7 +116,7 @@ class ModelConfig(Section):
 
     @property
     def offloaded(self) -> bool:
-        """`offload`, once `auto` has been resolved (`memory.choose`)."""
+        """`offload`, once `auto` has been resolved (`budget.choose`)."""
         if self.offload == "auto":
             raise RuntimeError("offload=auto is read before it was resolved")
         return self.offload
@@ -140,7 +140,7 @@ class TrainedModelConfig(ModelConfig):
 
     @property
     def recomputed(self) -> Recomputed:
-        """`gradient_checkpointing`, once `auto` has been resolved (`memory.choose`)."""
+        """`gradient_checkpointing`, once `auto` has been resolved (`budget.choose`)."""
         if self.gradient_checkpointing == "auto":
             raise RuntimeError("gradient_checkpointing=auto is read before it was resolved")
         return self.gradient_checkpointing
@@ -388,7 +388,7 @@ class TrainConfig(Section):
 
     @property
     def forward_tokens(self) -> int | None:
-        """`micro_batch_tokens`, once `auto` has been resolved (`memory.choose`)."""
+        """`micro_batch_tokens`, once `auto` has been resolved (`budget.choose`)."""
         if self.micro_batch_tokens == "auto":
             raise RuntimeError("train.micro_batch_tokens=auto is read before it was resolved")
         return self.micro_batch_tokens
