@@ -12,6 +12,7 @@ share of the bound, peak memory by cudaMemGetInfo and, with --profile, the share
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -45,6 +46,7 @@ from rlhf.trainers.rl import Models, learn
 from rlhf.types import Prompt, Rollout, Sampling, Scores
 from scripts.workloads import CHIPS, SHAPES, WORKLOADS, rollout_bound, scoring_flops, step_lengths
 
+PIECES = ("packing", "head", "kernels", "layers", "together")
 PEAK = 989e12  # dense bf16 FLOP/s of the H100's and the H200's datasheet
 
 
@@ -149,10 +151,19 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
 
 def main(args: argparse.Namespace) -> None:
     world = init_world()
+    by_layer = rlhf.engine.fetch_by_layer
+    for without in ([], *([piece] for piece in PIECES)) if args.in_turn else (args.without,):
+        rlhf.engine.fetch_by_layer = by_layer if "layers" not in without else lambda module: None
+        run(argparse.Namespace(**vars(args) | {"without": without}), world)
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    world.close()
+
+
+def run(args: argparse.Namespace, world: World) -> None:
     on_gpu = world.device.type == "cuda"
     shape, config = SHAPES[args.shape], recipe(args)
-    if "layers" in args.without:
-        rlhf.engine.fetch_by_layer = lambda module: None
     models = build(args, config, world)
     layout = weight_layout(models.actor.module)
     prompts_, samples, before, lengths = step_lengths(args.workload, args.times)
@@ -255,7 +266,6 @@ def main(args: argparse.Namespace) -> None:
     seconds = {name: statistics.median(r.get(name, 0.0) for r in kept) for name in kept[0]}
     if world.is_main:
         report(args, world, seconds, lengths, before, prompts, peak, busy)
-    world.close()
 
 
 def report_profile(found: Any, record: dict[str, float], rows: int, world: World) -> float | None:
@@ -340,9 +350,10 @@ if __name__ == "__main__":
         "--without",
         nargs="+",
         default=[],
-        choices=("packing", "head", "kernels", "layers", "together"),
+        choices=PIECES,
         help="what each brings: rows without padding, logits in chunks, fused kernels, ZeRO-3 gathering by layers, forwards scored together",
     )
+    parser.add_argument("--in_turn", action="store_true", help="with everything, then without each of these in turn")
     parser.add_argument("--compile", action="store_true", help="torch.compile of each decoder layer")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
     parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")
