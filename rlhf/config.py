@@ -803,6 +803,12 @@ def resolve_deepspeed(
     return tree
 
 
+def bucket_size(gradients: int) -> int:
+    """Elements that are reduced together: an eighth of a model's gradients, so that most of them are on their way, and added up, while the backward
+    pass is still at work; at most DeepSpeed's own 500 million."""
+    return max(1, min(500_000_000, gradients // 8))
+
+
 def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """Resolved DeepSpeed settings of one model of the run; a `TrainedModelConfig` is trained, any other frozen."""
     trained = isinstance(role, TrainedModelConfig)

@@ -34,7 +34,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Zero
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from rlhf.config import TrainedModelConfig
+from rlhf.config import TrainedModelConfig, bucket_size
 from rlhf.distributed import World
 from rlhf.models.loading import Placement, weighted_bits
 from rlhf.models.lora import WeightSource, kept_whole
@@ -381,9 +381,22 @@ def fetch_by_layer(module: nn.Module) -> None:
     for part in module.modules():
         if type(part).__name__ in layers:
             part._z3_leaf = True  # type: ignore[assignment]
+            _know_parameters(part)
         elif isinstance(part, nn.Embedding) and not part.weight.requires_grad:
             # A layer is given back when its input's gradient is there: with frozen embeddings the first would never be.
             part.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+
+
+def _know_parameters(layer: nn.Module) -> None:
+    """DeepSpeed asks a layer for its parameters four times in every micro-batch, and torch walks through all modules in it each time."""
+    found = list(layer.named_parameters())
+
+    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        if prefix or not (recurse and remove_duplicate):
+            return type(layer).named_parameters(layer, prefix, recurse, remove_duplicate)
+        return iter(found)
+
+    layer.named_parameters = named_parameters  # type: ignore[method-assign]
 
 
 class FrozenEngine:
@@ -462,8 +475,7 @@ class TrainEngine:
         if self.stage == 3:
             fetch_by_layer(module)
             zero.setdefault("stage3_param_persistence_threshold", kept_whole(module))
-        # DeepSpeed allocates the whole bucket, by default 500 million gradients, also for a model that has fewer.
-        zero.setdefault("reduce_bucket_size", min(500_000_000, sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
+        zero.setdefault("reduce_bucket_size", bucket_size(sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
         )
@@ -511,14 +523,18 @@ class TrainEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward with gradients. (collective under ZeRO-3)"""
-        self._engine.train()
+        self._mode(train=True)
         return self._engine(*args, **kwargs)
 
     @torch.no_grad()
     def score(self, *args: Any, **kwargs: Any) -> Any:
         """Forward without gradients, dropout off. (collective under ZeRO-3)"""
-        self._engine.eval()
+        self._mode(train=False)
         return self._engine(*args, **kwargs)
+
+    def _mode(self, train: bool) -> None:
+        if self._engine.training != train:  # setting it walks through thousands of modules
+            self._engine.train(train)
 
     def backward(self, loss_sum: Tensor, denominator: float) -> None:
         """Accumulate d(loss_sum / denominator), where `loss_sum` is this rank's part of a sum over all ranks and micro-batches of

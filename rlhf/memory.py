@@ -22,6 +22,7 @@ from rlhf.config import (
     ModelConfig,
     Recomputed,
     TrainedModelConfig,
+    bucket_size,
     can_offload,
     hybrid_engine_words,
     role_dtype,
@@ -46,7 +47,6 @@ CONTEXT = 0.8 * GIB  # CUDA context, kernels, cuBLAS workspaces
 NCCL = 1.0 * GIB  # its buffers, once there are several ranks
 LIVE = 500_000_000  # elements that ZeRO-3 leaves gathered: half of stage3_max_reuse_distance, as the backward pass comes back over them
 PREFETCHED = 50_000_000  # and gathers ahead: stage3_prefetch_bucket_size
-BUCKET = 500_000_000  # most elements of a gradient bucket (`TrainEngine`)
 
 # --------------------------------------------------------------------------------------------------------------------------
 # Activations
@@ -56,13 +56,13 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 def saved_per_token(
-    shape: ModelShape, size: int, fused: bool, head_norms: bool = False, adapted: Iterable[str] | None = None, rank: int = 0
+    shape: ModelShape, size: int, known: bool, fused: bool, head_norms: bool = False, adapted: Iterable[str] | None = None, rank: int = 0
 ) -> dict[str, float]:
     """Bytes that one decoder layer keeps of a token for its backward pass, by what keeps them.
 
-    size: bytes of a number. fused: in the kernels of `rlhf.ops.fused`, which keep their inputs only. adapted: names of the linear modules with LoRA
-    adapters of this rank, all weights being frozen; None: all weights train. Inputs of products are kept for the gradients of their matrices; what
-    several take is kept once, and what comes out of attention is kept there.
+    size: bytes of a number. known: of `models.fused.FAMILIES`. fused: in the kernels of `rlhf.ops.fused`, which keep their inputs only. adapted:
+    names of the linear modules with LoRA adapters of this rank, all weights being frozen; None: all weights train. Inputs of products are kept for
+    the gradients of their matrices; what several take is kept once, and what comes out of attention is kept there.
     """
     s, names = shape, None if adapted is None else {name.rsplit(".", 1)[-1] for name in adapted}
 
@@ -78,7 +78,9 @@ def saved_per_token(
         "adapters": rank * len((names or set()) - MLP) * size,
         "mlp": size * (s.hidden * taken("gate_proj", "up_proj") + s.inner * down + 2 * s.inner + rank * len((names or set()) & MLP)),
     }
-    if not fused:
+    if known and names is not None and names >= MLP:  # one operation: `models.lora`
+        terms["mlp"] = size * (s.hidden + 3 * rank + 2 * s.inner)
+    elif not fused:
         terms["mlp"] += s.inner * size  # silu(gate)
     return {name: float(value) for name, value in terms.items()}
 
@@ -201,10 +203,11 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
 
     cpu_adam = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     given = settings.get("optimizer", {"type": "adamw"})
-    bucket = min(int(zero.get("reduce_bucket_size", BUCKET)), sum(learns))
+    bucket = min(int(zero.get("reduce_bucket_size", bucket_size(sum(learns)))), sum(learns))
     copies = {0: 0, 1: size == 4, 2: 1 + bool(zero.get("overlap_comm")), 3: 1}[stage]  # of the bucket
     text = architecture.get_text_config()
-    fused = size == 2 and text.model_type in FAMILIES and getattr(text, "hidden_act", "") == "silu"
+    known = text.model_type in FAMILIES and getattr(text, "hidden_act", "") == "silu"
+    fused = known and size == 2
     head_norms = text.model_type == "qwen3"
     adapted = None if lora is None else [n for n, m in decoder_layers(module)[0].named_modules() if hasattr(m, "lora_A")]
     shape = model_shape(architecture)
@@ -212,9 +215,10 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     weights = size * ((whole - base - small) / shares + small)
     master = 0.0 if cpu_adam or stage == 0 or (stage == 3 and size == 4) else 4 * sharded
     moments = 0.0 if cpu_adam or "adam" not in str(given["type"]).lower() else 8 * sharded
-    stepped = max(4 * sharded, size * bucket + 4 * bucket / ranks) if stage >= 2 and learns else 0.0
+    flushed = max([bucket, *learns])  # what is larger than the bucket goes alone
+    stepped = max(4 * sharded, size * flushed + 4 * flushed / ranks) if stage >= 2 and learns else 0.0
     leaves = (master + moments if trained else weights - size * small) if can_offload(settings, role) else 0.0
-    saved = saved_per_token(shape, size, fused, head_norms, adapted, lora.r if lora else 0)
+    saved = saved_per_token(shape, size, known, fused, head_norms, adapted, lora.r if lora else 0)
     held = Held(
         weights=weights,
         visiting=0.0,

@@ -130,7 +130,7 @@ def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpo
     shape, names = model_shape(FAMILIES[family]), ("q", "k", "v", "o", "gate", "up", "down")
     adapted = [f"{n}_proj" for n in names] if lora else None
     size = dtype.itemsize
-    saved = saved_per_token(shape, size, in_kernels, family == "qwen3", adapted, 8 if lora else 0)
+    saved = saved_per_token(shape, size, True, in_kernels, family == "qwen3", adapted, 8 if lora else 0)
     layer, mlp = sum(saved.values()), saved["mlp"]
     norm = norm_per_token(shape.hidden, 1, size, in_kernels, trains=not lora)
     tokens = sum(LENGTHS) if packed else len(LENGTHS) * max(LENGTHS)
@@ -400,7 +400,7 @@ def needed(config: Config, gib: float, ranks: int, monkeypatch: pytest.MonkeyPat
 def test_what_is_chosen_fits_and_more_memory_costs_no_speed(task: str, sections: dict[str, Any], auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, name = auto(task, **sections), "reward_model" if task == "reward_model" else "actor"
     before, seen = (0, -9, 0), set()
-    for gib in (24, 40, 48, 56, 64, 72, 80, 96, 112, 141, 192, 288):
+    for gib in (16, 24, 40, 48, 56, 64, 72, 80, 96, 112, 141, 192, 288):
         found, line = chosen(config, gib)
         role, tokens = getattr(found, name), found.train.forward_tokens
         assert tokens is not None and tokens % 256 == 0 and longest_row(config) <= tokens <= budget.MOST

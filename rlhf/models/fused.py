@@ -47,17 +47,23 @@ def _forward_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     if type(module).__name__.endswith("RMSNorm") and has("weight", "variance_epsilon"):
         return _norm
     if has("gate_proj", "up_proj", "down_proj", "act_fn") and type(module.act_fn).__name__.startswith("SiLU"):
-        return _gated_mlp
+        return gated_mlp
     return None
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether `fuse` has made it compute `gated_mlp`."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and forward.func is gated_mlp
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
-def _gated_mlp(module: Any, x: Tensor) -> Tensor:
-    """The projections are called as modules: they may be adapters, and DeepSpeed gathers weights in their hooks. Only the last, where it is a plain
-    product whose weight is at hand, is taken together with the activation."""
+def gated_mlp(module: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)). The projections are called as modules: they may be adapters, and DeepSpeed gathers weights in their hooks. Only
+    the last, where it is a plain product whose weight is at hand, is taken together with the activation."""
     gate, up, last = module.gate_proj(x), module.up_proj(x), module.down_proj
     plain = type(last) is nn.Linear and last.bias is None and not last._forward_hooks and not last._forward_pre_hooks
     if plain and last.weight.shape == (last.out_features, last.in_features):

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf.config import LoraConfig
+from rlhf.models.fused import gated_mlp, is_gated_mlp
 from rlhf.models.heads import ScalarModel
+from rlhf.ops.fused import gated, gated_gradient, only_kept
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 SCORE = "base_model.model.score.weight"  # a scalar head beside its adapters
@@ -60,24 +62,58 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     for layer in module.modules():
         if type(layer) is LoraLinear and type(layer.get_base_layer()) is nn.Linear:
             layer.forward = functools.partial(_adapted, layer)  # type: ignore[method-assign]
+        elif is_gated_mlp(layer):
+            layer.forward = functools.partial(_adapted_mlp, layer)
     return wrapped
 
 
-def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    """peft's forward, in products alone where it can be: one plain adapter, switched on, in the dtype of its input. Under ZeRO-3 the weights are
-    there, because a decoder layer is gathered as a whole, or because DeepSpeed gathers a weight that somebody asks a module for."""
+@dataclass(frozen=True)
+class _Plain:
+    """A linear layer without bias whose weight is at hand, and its one adapter, switched on."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def _plain(layer: Any, x: Tensor) -> tuple[_Plain, Tensor | None] | None:
+    """The layer's tensors and bias where products alone compute it: one plain adapter, switched on, in the dtype of its input. Under ZeRO-3 the
+    weights are there, because a decoder layer is gathered as a whole, or because DeepSpeed gathers a weight that somebody asks a module for."""
+    if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
+        return None
     base, names = layer.base_layer, list(layer.lora_A)
     plain = names == layer.active_adapters and len(names) == 1 and not (layer.disable_adapters or layer.merged or layer.lora_variant)
-    if args or options or not plain or torch.is_autocast_enabled(x.device.type):
-        out: Tensor = LoraLinear.forward(layer, x, *args, **options)
-        return out
+    if not plain or torch.is_autocast_enabled(x.device.type):
+        return None
     (name,) = names
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     whole = (base.weight.shape, a.shape[1], b.shape[0]) == ((base.out_features, base.in_features), base.in_features, base.out_features)
     if not whole or layer.fan_in_fan_out or x.dtype != a.dtype or not isinstance(layer.lora_dropout[name], nn.Identity):
-        out = LoraLinear.forward(layer, x)
+        return None
+    return _Plain(base.weight, a, b, layer.scaling[name]), base.bias
+
+
+def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """peft's forward, in products alone where it can be."""
+    found = None if args or options else _plain(layer, x)
+    if found is None:
+        out: Tensor = LoraLinear.forward(layer, x, *args, **options)
         return out
-    out = _LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name])  # type: ignore[no-untyped-call]
+    p, bias = found
+    out = _LoraProduct.apply(x, p.weight, bias, p.a, p.b, p.scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _adapted_mlp(module: Any, x: Tensor) -> Tensor:
+    """A gated MLP with an adapter on each projection in few large products, where they are all plain; else as without adapters."""
+    found = [_plain(getattr(module, name), x) for name in ("gate_proj", "up_proj", "down_proj")]
+    layers = [f[0] for f in found if f is not None and f[1] is None]
+    if len(layers) < 3 or layers[0].scale != layers[1].scale or layers[0].a.shape != layers[1].a.shape:
+        return gated_mlp(module, x)
+    gate, up, down = layers
+    weights = (gate.weight, gate.a, gate.b, up.weight, up.a, up.b, down.weight, down.a, down.b)
+    out: Tensor = _LoraMlp.apply(x, gate.scale, down.scale, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -106,6 +142,68 @@ class _LoraProduct(torch.autograd.Function):
             d_x = (d_rows @ weight).addmm_(d_inner, a).view(x.shape)
         _, _, _, learns_a, learns_b, _ = ctx.needs_input_grad
         return d_x, None, None, d_inner.t() @ rows if learns_a else None, d_rows.t() @ inner if learns_b else None, None
+
+
+class _LoraMlp(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) and its gradients, every projection with an adapter. x [..., H]; weights [I, H], [I, H] and [H, I], frozen.
+
+    Adding an adapter to [n, I] that is there already costs a pass over it, half as long as the product itself in a small model. So the low-rank part
+    rides along as further columns: [x, s x A'] [W, B]' is W's product and the adapter's in one, of gate and up together, and so is [d, s d B] [W; A]
+    behind `down`. What `down` takes is not kept but made again, as in `ops.fused.gated_down`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, scale_down: float, *weights: Tensor) -> Tensor:
+        _, a_gate, _, _, a_up, _, w_down, a_down, b_down = weights
+        rows = x.reshape(-1, x.shape[-1])
+        wide = _beside(rows, torch.cat((a_gate, a_up)).t(), scale)
+        gate_up = wide @ _stacked(*weights[:6]).t()
+        inner = gated(gate_up)
+        low = _scaled(inner, a_down.t(), scale_down)
+        ctx.save_for_backward(wide, gate_up, low, *weights)
+        ctx.scale, ctx.scale_down = scale, scale_down
+        if only_kept():
+            return torch.empty_like(x)
+        return (inner @ w_down.t()).addmm_(low, b_down.t()).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        wide, gate_up, low, *weights = ctx.saved_tensors
+        _, a_gate, b_gate, _, a_up, _, w_down, a_down, b_down = weights
+        width, rank, hidden = len(b_gate), len(a_gate), a_gate.shape[1]
+        d_rows = d_out.reshape(-1, hidden)
+        d_wide_out = _beside(d_rows, b_down, ctx.scale_down)
+        d_gate_up, inner = gated_gradient(gate_up, d_wide_out @ torch.cat((w_down, a_down)))
+        d_wide = d_gate_up @ _stacked(*weights[:6])
+        d_low = d_wide[:, hidden:]
+        d_x = torch.addmm(d_wide[:, :hidden], d_low, torch.cat((a_gate, a_up)), alpha=ctx.scale)
+        d_a = (d_low.t() @ wide[:, :hidden]).mul_(ctx.scale)
+        d_b = d_gate_up.t() @ wide[:, hidden:]
+        d_down = d_wide_out[:, hidden:].t() @ inner, d_rows.t() @ low
+        d_gates = (None, d_a[:rank], d_b[:width, :rank], None, d_a[rank:], d_b[width:, rank:])
+        return d_x.view(d_out.shape), None, None, *d_gates, None, *d_down
+
+
+def _scaled(x: Tensor, w: Tensor, scale: float) -> Tensor:
+    """scale * x @ w, rounded once."""
+    return x.new_empty(len(x), w.shape[1]).addmm_(x, w, beta=0, alpha=scale)
+
+
+def _beside(x: Tensor, w: Tensor, scale: float) -> Tensor:
+    """[x, scale * x @ w]: [n, k] and [k, r] -> [n, k + r]."""
+    out = x.new_empty(len(x), x.shape[1] + w.shape[1])
+    out[:, : x.shape[1]] = x
+    out[:, x.shape[1] :].addmm_(x, w, beta=0, alpha=scale)
+    return out
+
+
+def _stacked(w_gate: Tensor, a_gate: Tensor, b_gate: Tensor, w_up: Tensor, a_up: Tensor, b_up: Tensor) -> Tensor:
+    """[[W_gate, B_gate, 0], [W_up, 0, B_up]]: [2 I, H + 2 r], for the columns of [x, x A_gate', x A_up']."""
+    (width, hidden), rank = w_gate.shape, len(a_gate)
+    out = w_gate.new_zeros(2 * width, hidden + 2 * rank)
+    out[:width, :hidden], out[width:, :hidden] = w_gate, w_up
+    out[:width, hidden : hidden + rank], out[width:, hidden + rank :] = b_gate, b_up
+    return out
 
 
 def _check_targets(module: nn.Module, config: LoraConfig) -> None:

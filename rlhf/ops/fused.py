@@ -218,20 +218,23 @@ def silu_mul(gate_up: Tensor, n: int, rows: int = 0) -> Tensor:
 
 @triton.jit
 @no_type_check
-def _silu_mul_gradient(GATE, UP, DOUT, DGATE, DUP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
+def _silu_mul_gradient(
+    GATE, UP, DOUT, DGATE, DUP, OUT, WIDTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr
+):  # fmt: skip
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    place = tl.program_id(0).to(tl.int64) * WIDTH + column
-    gate = tl.load(GATE + place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(UP + place, mask=inside, other=0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    place, pair = row * WIDTH + column, row * STRIDE + column
+    gate = tl.load(GATE + pair, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + pair, mask=inside, other=0.0).to(tl.float32)
     d_out = tl.load(DOUT + place, mask=inside, other=0.0).to(tl.float32)
     dtype = DUP.dtype.element_ty
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     act = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)  # what `up` was multiplied by
     if AGAIN:
         tl.store(OUT + place, (act * up).to(dtype), mask=inside)
-    tl.store(DUP + place, (d_out * act).to(dtype), mask=inside)
-    tl.store(DGATE + place, (d_out * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
+    tl.store(DUP + pair, (d_out * act).to(dtype), mask=inside)
+    tl.store(DGATE + pair, (d_out * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
 
 
 class _SiluMul(torch.autograd.Function):
@@ -256,8 +259,34 @@ def _gradients(gate: Tensor, up: Tensor, d_out: Tensor, again: bool) -> tuple[Te
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     out = torch.empty_like(gate) if again else gate
     n, width = gate.shape
-    _silu_mul_gradient[(n, triton.cdiv(width, 1024))](gate, up, d_out, d_gate, d_up, out, width, 1024, again, num_warps=4)
+    _silu_mul_gradient[(n, triton.cdiv(width, 1024))](gate, up, d_out, d_gate, d_up, out, width, width, 1024, again, num_warps=4)
     return d_gate, d_up, out
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [n, 2 I], both side by side -> [n, I]; outside of autograd, beside `gated_gradient`."""
+    if _in_kernels(gate_up):
+        return silu_mul(gate_up, len(gate_up))
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def gated_gradient(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    """([n, 2 I] gradient of `gate_up`, [n, I] what `gated` gave), from d_out [n, I]."""
+    n, width = d_out.shape
+    d_gate_up = torch.empty_like(gate_up)
+    if _in_kernels(gate_up, d_out):
+        out = torch.empty_like(d_out)
+        _silu_mul_gradient[(n, triton.cdiv(width, 1024))](
+            gate_up, gate_up[:, width:], d_out, d_gate_up, d_gate_up[:, width:], out, width, 2 * width, 1024, True, num_warps=4
+        )  # fmt: skip
+        return d_gate_up, out
+    gate, up = gate_up.chunk(2, -1)
+    sigmoid = torch.sigmoid(gate)
+    act = F.silu(gate)
+    d_gate_up[:, :width] = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate_up[:, width:] = d_out * act
+    return d_gate_up, act * up
 
 
 class _Again:
@@ -276,11 +305,16 @@ def computed_again() -> Iterator[None]:
         _Again.active = before
 
 
+def only_kept() -> bool:
+    """Whether this forward runs only for what it keeps."""
+    return _Again.active
+
+
 class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        if _Again.active:
+        if only_kept():
             return gate.new_empty(*gate.shape[:-1], len(weight))
         g = _rows(gate)
         inner, (n, width) = torch.empty_like(g), g.shape

@@ -6,7 +6,7 @@ One step reads top to bottom in `train_rl`. Calls marked (collective) are made b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -407,9 +407,10 @@ def update_models(
             continue
         if step > algorithm.critic_warmup_steps:
             with timer.phase("update_actor"):
+                ahead = Ahead(experience, minibatch.plan, config, world)
                 for part in minibatch.plan:
-                    batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
-                    loss = policy_loss(models.actor, batch, config, kl_coef)
+                    loss = policy_loss(models.actor, ahead.take(), config, kl_coef)
+                    ahead.prepare()
                     models.actor.backward(loss.loss_sum, counts[algorithm.loss_mean])  # (collective)
                     update.add(loss, counts["tokens"])
                     if experience.old_logprobs is None and loss.logprobs is not None:
@@ -417,9 +418,10 @@ def update_models(
                 update.stepped("actor", models.actor.step())  # (collective)
         if models.critic is not None:
             with timer.phase("update_critic"):
-                for part in minibatch.plan:
-                    batch = micro_batch_of(experience, part, config.train.packing).to(world.device)
-                    loss = critic_loss(models.critic, batch, algorithm)
+                ahead = Ahead(experience, minibatch.plan, config, world)
+                for _ in minibatch.plan:
+                    loss = critic_loss(models.critic, ahead.take(), algorithm)
+                    ahead.prepare()
                     models.critic.backward(loss.loss_sum, counts["tokens"])  # (collective)
                     update.add(loss, counts["tokens"])
                 update.stepped("critic", models.critic.step())  # (collective)
@@ -440,6 +442,23 @@ def plan_epoch(config: Config, step: int, epoch: int, rollout: Rollout, world: W
     parts = split_minibatches(len(lengths), config.algorithm.minibatches, seed=(config.seed, step, epoch))
     train = config.train
     return [Minibatch(rows, plan_micro_batches(rows, lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)) for rows in parts]
+
+
+class Ahead:
+    """The micro-batches of a plan, each made while the device still computes the one before: ZeRO-3 ends a backward pass by waiting for it."""
+
+    def __init__(self, experience: Experience, plan: Sequence[MicroBatchPlan], config: Config, world: World) -> None:
+        self._batches = (micro_batch_of(experience, part, config.train.packing).to(world.device) for part in plan)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The next one, while there is one."""
+        self._next = next(self._batches, None)
+
+    def take(self) -> MicroBatch:
+        batch, self._next = self._next, None
+        assert batch is not None
+        return batch
 
 
 def denominators(experience: Experience, rows: list[int], config: Config) -> dict[str, float]:
