@@ -26,7 +26,7 @@ from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import add_adapters
 from rlhf.models.packing import pack_attention
 from rlhf.ops import fused
-from rlhf.ops.fused import gated_down, rms_norm, rotate, silu_mul_pair
+from rlhf.ops.fused import gated, gated_down, gated_gradient, linear, rms_norm, rotate, silu_mul_pair
 from rlhf.rollout import kernels
 from tests.helpers import relative
 from tests.interpreter import interpreted
@@ -194,6 +194,22 @@ def test_wrappers_adapters_copies_and_pickles() -> None:
     same(outcome(adapted), expected)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (1, 0, 6)])
+def test_linear(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool) -> None:
+    """As on a GPU: torch's values and gradients, and none for what is frozen."""
+    monkeypatch.setattr(fused, "_in_kernels", lambda *tensors: True)
+    x, weight, b = (values(*s, dtype=torch.float64, seed=i).requires_grad_() for i, s in enumerate([shape, (4, 6), (4,)]))
+    given = [x, weight] + [b] * bias
+    out, expected = (f(x, weight, b if bias else None) for f in (linear, nn.functional.linear))
+    assert type(out.grad_fn).__name__ == "_LinearBackward" and out.shape == expected.shape
+    for ours, theirs in zip((out, *gradients(out, *given)), (expected, *gradients(expected, *given)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    frozen = linear(x, weight.detach(), b.detach() if bias else None)
+    assert frozen.grad_fn is not None and frozen.grad_fn.apply(torch.ones_like(frozen))[1:] == (None, None)  # type: ignore[operator]
+    assert linear(x.detach(), weight.detach(), None).grad_fn is None
+
+
 # --------------------------------------------------------------------------------------------------------------------------
 # Kernels
 
@@ -293,6 +309,19 @@ def test_gated_down_keeps_only_its_inputs(forced: Counter[str], dtype: torch.dty
     assert forced == {"_GatedDown": 1, "_SiluMul": 1} and torch.equal(out, apart)
     for one, other in zip(gradients(out, *given), gradients(apart, *twins[: len(given)]), strict=True):
         assert torch.equal(one, other)
+
+
+@in_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_gate_and_up_side_by_side(forced: Counter[str], dtype: torch.dtype) -> None:
+    """One tensor for both, as adapted MLPs have it: bit for bit two of them."""
+    gate, up, d_out = (values(5, 1100, dtype=dtype, seed=seed) for seed in range(3))
+    both = torch.cat((gate, up), 1)
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    out = silu_mul_pair(gate, up)
+    d_both, again = gated_gradient(both, d_out)
+    assert forced["_SiluMul"] == 1 and torch.equal(gated(both), out) and torch.equal(again, out)
+    assert torch.equal(d_both, torch.cat(torch.autograd.grad(out, (gate, up), d_out), 1))
 
 
 @in_kernels

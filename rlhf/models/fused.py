@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.ops.fused import gated_down, rms_norm, rotate, rotates, silu_mul_pair
+from rlhf.ops.fused import gated_down, linear, rms_norm, rotate, rotates, silu_mul_pair
 
 # Those of the rollout's lean decoder. Their layers add what the MLP gives to the residual, and nothing else takes it: a second run of a layer or MLP
 # leaves it undefined (`ops.fused.computed_again`). A family that multiplies or norms it first must not come in here as it is.
@@ -21,7 +21,8 @@ _replaced: set[Rotary] = set()  # functions that stand in for a family's `apply_
 
 
 def fuse(model: nn.Module) -> int:
-    """Number of modules whose forward was replaced: 0 for other architectures, and when everything has been replaced before.
+    """Number of norms and MLPs whose forward was replaced (linear layers are, too): 0 for other architectures, and when everything has been replaced
+    before.
 
     It may be a causal LM, its body, or what wraps them. Off the GPU and in float32 the new forwards are the old operations. The rotary embedding is
     a function of the family's module: replaced once, for all its models in this process."""
@@ -34,7 +35,9 @@ def fuse(model: nn.Module) -> int:
         for module in body.modules():
             _fuse_rotary(module)
             forward = _forward_of(module)
-            if forward is not None and "forward" not in vars(module):
+            if "forward" not in vars(module) and type(module) is nn.Linear:
+                module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+            elif forward is not None and "forward" not in vars(module):
                 module.forward = functools.partial(forward, module)  # a partial follows its module through copies and pickles
                 count += 1
     return count
@@ -49,6 +52,10 @@ def _forward_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     if has("gate_proj", "up_proj", "down_proj", "act_fn") and type(module.act_fn).__name__.startswith("SiLU"):
         return gated_mlp
     return None
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

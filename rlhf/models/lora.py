@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,45 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
             layer.forward = functools.partial(_adapted, layer)  # type: ignore[method-assign]
         elif is_gated_mlp(layer):
             layer.forward = functools.partial(_adapted_mlp, layer)
+    for layer in module.modules():
+        parts = [getattr(layer, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(isinstance(part, LoraLinear) and "forward" in vars(part) for part in parts):
+            group = _Together(parts)
+            for part in parts:
+                part.forward = functools.partial(_adapted, part, together=group)  # type: ignore[union-attr]
     return wrapped
+
+
+class _Together:
+    """Projections that attention calls one after the other with the same input: the first call computes them all."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self._layers = layers
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
+        """What `layer` makes of x; None where they cannot be computed together."""
+        place = next(i for i, one in enumerate(self._layers) if one is layer)
+        if place == 0:
+            self._compute(x)
+        if self._input is not x or self._outputs[place] is None:
+            return None
+        out, self._outputs[place] = self._outputs[place], None
+        if all(one is None for one in self._outputs):
+            self._input = None
+        return out
+
+    def _compute(self, x: Tensor) -> None:
+        self._input, self._outputs = None, []
+        found = [f for layer in self._layers if (f := _plain(layer, x)) is not None]
+        if len(found) < len(self._layers) or len({(p.scale, p.a.shape) for p, _ in found}) > 1 or len({b is None for _, b in found}) > 1:
+            return
+        biases = [b for _, b in found if b is not None]
+        weights = [t for p, _ in found for t in (p.weight, p.a, p.b)]
+        bias = torch.cat(biases) if biases else None
+        outputs = _LoraTogether.apply(x, found[0][0].scale, bias, *weights)  # type: ignore[no-untyped-call]
+        self._input, self._outputs = x, list(outputs)
 
 
 @dataclass(frozen=True)
@@ -94,8 +133,12 @@ def _plain(layer: Any, x: Tensor) -> tuple[_Plain, Tensor | None] | None:
     return _Plain(base.weight, a, b, layer.scaling[name]), base.bias
 
 
-def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+def _adapted(layer: Any, x: Tensor, *args: Any, together: _Together | None = None, **options: Any) -> Tensor:
     """peft's forward, in products alone where it can be."""
+    if together is not None and not (args or options):
+        shared = together(layer, x)
+        if shared is not None:
+            return shared
     found = None if args or options else _plain(layer, x)
     if found is None:
         out: Tensor = LoraLinear.forward(layer, x, *args, **options)
@@ -153,10 +196,10 @@ class _LoraMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, scale_down: float, *weights: Tensor) -> Tensor:
-        _, a_gate, _, _, a_up, _, w_down, a_down, b_down = weights
+        w_down, a_down, b_down = weights[6:]
         rows = x.reshape(-1, x.shape[-1])
-        wide = _beside(rows, torch.cat((a_gate, a_up)).t(), scale)
-        gate_up = wide @ _stacked(*weights[:6]).t()
+        wide = _beside(rows, torch.cat(weights[1:6:3]).t(), scale)
+        gate_up = wide @ _stacked(weights[:6]).t()
         inner = gated(gate_up)
         low = _scaled(inner, a_down.t(), scale_down)
         ctx.save_for_backward(wide, gate_up, low, *weights)
@@ -169,19 +212,37 @@ class _LoraMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         wide, gate_up, low, *weights = ctx.saved_tensors
-        _, a_gate, b_gate, _, a_up, _, w_down, a_down, b_down = weights
-        width, rank, hidden = len(b_gate), len(a_gate), a_gate.shape[1]
-        d_rows = d_out.reshape(-1, hidden)
-        d_wide_out = _beside(d_rows, b_down, ctx.scale_down)
-        d_gate_up, inner = gated_gradient(gate_up, d_wide_out @ torch.cat((w_down, a_down)))
-        d_wide = d_gate_up @ _stacked(*weights[:6])
-        d_low = d_wide[:, hidden:]
-        d_x = torch.addmm(d_wide[:, :hidden], d_low, torch.cat((a_gate, a_up)), alpha=ctx.scale)
-        d_a = (d_low.t() @ wide[:, :hidden]).mul_(ctx.scale)
-        d_b = d_gate_up.t() @ wide[:, hidden:]
-        d_down = d_wide_out[:, hidden:].t() @ inner, d_rows.t() @ low
-        d_gates = (None, d_a[:rank], d_b[:width, :rank], None, d_a[rank:], d_b[width:, rank:])
+        w_down, a_down, b_down = weights[6:]
+        d_rows = d_out.reshape(-1, len(w_down))
+        d_wide = _beside(d_rows, b_down, ctx.scale_down)
+        d_gate_up, inner = gated_gradient(gate_up, d_wide @ torch.cat((w_down, a_down)))
+        d_x, d_gates = _stacked_gradients(wide, d_gate_up, ctx.scale, weights[:6])
+        d_down = d_wide[:, len(w_down) :].t() @ inner, d_rows.t() @ low
         return d_x.view(d_out.shape), None, None, *d_gates, None, *d_down
+
+
+class _LoraTogether(torch.autograd.Function):
+    """Several adapted layers on one input as one product, as in `_LoraMlp`. x [..., H]; bias of all outputs, frozen; -> [..., outputs] of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, bias: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        wide = _beside(rows, torch.cat(weights[1::3]).t(), scale)
+        stacked = _stacked(weights)
+        out = wide @ stacked.t() if bias is None else torch.addmm(bias, wide, stacked.t())
+        ctx.save_for_backward(wide, *weights)
+        ctx.scale, ctx.shape = scale, x.shape
+        *parts, last = out.split([len(w) for w in weights[::3]], 1)
+        parts.append(last.contiguous())  # attention keeps the values as they are: as a part of `out` they would keep it all
+        return tuple(part.view(*x.shape[:-1], part.shape[1]) for part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_outs: Tensor) -> tuple[Tensor | None, ...]:
+        wide, *weights = ctx.saved_tensors
+        d_out = torch.cat([d.reshape(len(wide), -1) for d in d_outs], 1)
+        d_x, found = _stacked_gradients(wide, d_out, ctx.scale, weights)
+        return d_x.view(ctx.shape), None, None, *found
 
 
 def _scaled(x: Tensor, w: Tensor, scale: float) -> Tensor:
@@ -197,13 +258,35 @@ def _beside(x: Tensor, w: Tensor, scale: float) -> Tensor:
     return out
 
 
-def _stacked(w_gate: Tensor, a_gate: Tensor, b_gate: Tensor, w_up: Tensor, a_up: Tensor, b_up: Tensor) -> Tensor:
-    """[[W_gate, B_gate, 0], [W_up, 0, B_up]]: [2 I, H + 2 r], for the columns of [x, x A_gate', x A_up']."""
-    (width, hidden), rank = w_gate.shape, len(a_gate)
-    out = w_gate.new_zeros(2 * width, hidden + 2 * rank)
-    out[:width, :hidden], out[width:, :hidden] = w_gate, w_up
-    out[:width, hidden : hidden + rank], out[width:, hidden + rank :] = b_gate, b_up
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    """From W, A and B of each of k layers on one input [[W_1, B_1, 0, ...], [W_2, 0, B_2, ...], ...]: [all outputs, H + k r], for the columns of
+    [x, x A_1', x A_2', ...]."""
+    layers = list(zip(weights[::3], weights[1::3], weights[2::3], strict=True))
+    (_, hidden), rank = weights[0].shape, len(weights[1])
+    out = weights[0].new_zeros(sum(len(w) for w, _, _ in layers), hidden + len(layers) * rank)
+    row = 0
+    for i, (w, _, b) in enumerate(layers):
+        out[row : row + len(w), :hidden] = w
+        out[row : row + len(w), hidden + i * rank : hidden + (i + 1) * rank] = b
+        row += len(w)
     return out
+
+
+def _stacked_gradients(wide: Tensor, d_out: Tensor, scale: float, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """(d_x [n, H], what `_stacked` was given: None for each W, and gradients of A and B) of out = [x, scale x A'] stacked'."""
+    hidden, rank = weights[0].shape[1], len(weights[1])
+    d_wide = d_out @ _stacked(weights)
+    d_low = d_wide[:, hidden:]
+    d_x = torch.addmm(d_wide[:, :hidden], d_low, torch.cat(list(weights[1::3])), alpha=scale)
+    d_a = (d_low.t() @ wide[:, :hidden]).mul_(scale)
+    d_b = d_out.t() @ wide[:, hidden:]
+    found: list[Tensor | None] = []
+    row = 0
+    for i, w in enumerate(weights[::3]):
+        columns = slice(i * rank, (i + 1) * rank)
+        found += [None, d_a[columns], d_b[row : row + len(w), columns]]
+        row += len(w)
+    return d_x, found
 
 
 def _check_targets(module: nn.Module, config: LoraConfig) -> None:
