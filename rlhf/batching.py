@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.types import Group, MicroBatch, Packed
+from rlhf.types import Group, MicroBatch, Packed, upload
 
 
 @dataclass(frozen=True)
@@ -140,16 +140,30 @@ def _cells(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return row, torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
 
 
-PADDING = 1.25  # what a group may be padded to, as a multiple of its tokens
-
-
 def pack(lengths: Sequence[int]) -> Packed:
     """Sequences of these lengths one behind the other."""
     sizes = np.asarray(lengths, dtype=np.int64)
     ends = sizes.cumsum()
+    positions = np.arange(ends[-1]) - (ends - sizes).repeat(sizes)
+    boundaries = np.concatenate([[0], ends]).astype(np.int32)
+    row = np.arange(len(sizes)).repeat(sizes)
+    return Packed(torch.from_numpy(boundaries), torch.from_numpy(positions), torch.from_numpy(row), sizes.tolist())
+
+
+PADDING = 1.25  # what a group may be padded to, as a multiple of its tokens
+
+
+def in_groups(packed: Packed) -> list[Group]:
+    """All sequences in their order, as padded batches with few tokens of padding in each, on the packing's device."""
+    if packed.groups is None:
+        device = packed.positions.device
+        packed.groups = [Group(upload(g.index, device), upload(g.real, device)) for g in _groups(np.asarray(packed.lengths))]
+    return packed.groups
+
+
+def _groups(sizes: np.ndarray) -> Iterator[Group]:
+    ends = sizes.cumsum()
     begins = ends - sizes
-    positions = np.arange(ends[-1]) - begins.repeat(sizes)
-    groups: list[Group] = []
     first = 0
     while first < len(sizes):
         last, widest = first + 1, int(sizes[first])
@@ -161,11 +175,8 @@ def pack(lengths: Sequence[int]) -> Packed:
         own, start = sizes[first:last], begins[first:last]
         index = start[:, None] + np.minimum(np.arange(widest)[None, :], own[:, None] - 1)
         real = np.flatnonzero(np.arange(widest)[None, :] < own[:, None])
-        groups.append(Group(torch.from_numpy(index), torch.from_numpy(real)))
+        yield Group(torch.from_numpy(index), torch.from_numpy(real))
         first = last
-    boundaries = np.concatenate([[0], ends]).astype(np.int32)
-    row = np.arange(len(sizes)).repeat(sizes)
-    return Packed(torch.from_numpy(boundaries), torch.from_numpy(positions), torch.from_numpy(row), int(sizes.max()), groups)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

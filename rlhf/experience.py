@@ -7,6 +7,7 @@ everything computed from their results is computed on every rank from the same n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class ExperiencePasses:
     ref_logprobs: Scorer | None
     values: Scorer | None
     packing: bool = False  # what they are given: packed rows, or padded ones
+    timed: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()  # around each pass as a whole, by verl's name of it
     together: int = 1  # forwards of the update that are one forward of the reference or critic here: without gradients there is room for it
 
 
@@ -49,10 +51,11 @@ def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> 
     meta = world.gather_rows(meta)
     input_ids = world.gather_rows(local.input_ids)
     logprobs = world.gather_rows(local.rollout_logprobs)
-    order = sorted(range(len(meta)), key=lambda i: (int(meta[i, 0]), int(meta[i, 1])))
+    keys = meta[:, :2].tolist()
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     meta, input_ids, logprobs = meta[order], input_ids[order], logprobs[order, :window]
     return Rollout(
-        prompts=[prompts[int(d)] for d in meta[:, 0]],
+        prompts=[prompts[d] for d in meta[:, 0].tolist()],
         draw=meta[:, 0],
         sample=meta[:, 1],
         input_ids=input_ids,
@@ -72,7 +75,9 @@ def training_mask(rollout: Rollout, valid: Tensor, algorithm: AlgorithmConfig) -
 def shared_pass(
     scorer: Scorer, rollout: Rollout, mask: Tensor, plan: Sequence[MicroBatchPlan], width: int, world: World, packing: bool = False
 ) -> Tensor:
-    """[B, width] result of a model pass over all rows, each rank running its plan. (collective)"""
+    """[B, width] result of a model pass over all rows, each rank running its plan. (collective)
+
+    Nothing in the loop waits for the device: it computes a forward while the next is made."""
     results = []
     for part in plan:
         batch = collate(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, mask, part, packing=packing).to(world.device)
@@ -105,11 +110,15 @@ def make_experience(
     mask = training_mask(rollout, scores.valid, algorithm)
     window = mask.shape[1]
 
-    def over_all_rows(scorer: Scorer | None, width: int, together: int = 1) -> Tensor | None:  # (collective)
-        return shared_pass(scorer, rollout, mask, merged(plan, together), width, world, passes.packing) if scorer else None
+    def over_all_rows(name: str, scorer: Scorer | None, width: int, together: int = 1) -> Tensor | None:  # (collective)
+        if scorer is None:
+            return None
+        with passes.timed(name):
+            return shared_pass(scorer, rollout, mask, merged(plan, together), width, world, passes.packing)
 
-    old, ref = over_all_rows(passes.old_logprobs, window), over_all_rows(passes.ref_logprobs, window, passes.together)
-    values = over_all_rows(passes.values, window + 1, passes.together)
+    old = over_all_rows("old_log_prob", passes.old_logprobs, window)
+    ref = over_all_rows("ref", passes.ref_logprobs, window, passes.together)
+    values = over_all_rows("values", passes.values, window + 1, passes.together)
     rewards = token_rewards(rollout, scores, mask, algorithm.truncation)
     if ref is not None and algorithm.kl.place == "reward":
         assert old is not None

@@ -136,12 +136,15 @@ class Packed:
     boundaries: Tensor  # [b + 1] int32: where each begins, and the end
     positions: Tensor  # [t] int64: 0, 1, 2, ... in every sequence
     row: Tensor  # [t] int64: which sequence
-    longest: int
-    groups: list[Group]  # all of them, in their order, few tokens of padding in each
+    lengths: list[int]
+    groups: list[Group] | None = None  # `batching.in_groups`, once somebody has asked
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     def to(self, device: torch.device) -> Packed:
-        groups = [Group(upload(g.index, device), upload(g.real, device)) for g in self.groups]
-        return Packed(upload(self.boundaries, device), upload(self.positions, device), upload(self.row, device), self.longest, groups)
+        return Packed(upload(self.boundaries, device), upload(self.positions, device), upload(self.row, device), self.lengths)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.batching import MicroBatchPlan, collate, merged, pack, pad_rows, plan_micro_batches, split_minibatches
+from rlhf.batching import MicroBatchPlan, collate, in_groups, merged, pack, pad_rows, plan_micro_batches, split_minibatches
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=50)
 
@@ -133,9 +133,11 @@ def test_packed_rows_and_their_groups(lengths: list[int]) -> None:
     assert packed.row.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
     assert packed.boundaries.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     assert packed.longest == max(lengths)
-    tokens = torch.cat([group.index.flatten()[group.real] for group in packed.groups])
+    groups = in_groups(packed)
+    assert in_groups(packed) is groups
+    tokens = torch.cat([group.index.flatten()[group.real] for group in groups])
     assert tokens.tolist() == list(range(sum(lengths)))
-    assert all(group.index.numel() <= 1.25 * len(group.real) for group in packed.groups)
-    for group in packed.groups:  # a sequence's row holds nothing of another
+    assert all(group.index.numel() <= 1.25 * len(group.real) for group in groups)
+    for group in groups:  # a sequence's row holds nothing of another
         rows = packed.row[group.index]
         assert (rows == rows[:, :1]).all()

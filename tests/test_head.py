@@ -29,21 +29,40 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_scores_and_gradients_are_those_of_the_logits(chunk: int, entropy_gradient: bool) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_scores_and_gradients_are_those_of_the_logits(chunk: int, entropy_gradient: bool, frozen: bool) -> None:
     hidden, weight, tokens = random(N, H), random(V, H, seed=1) * 0.3, torch.arange(N) * 5 % V
     a, b = random(N, seed=2), random(N, seed=3)
     found = []
     for whole in (True, False):
-        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
         if whole:
             logprobs, entropy = token_logprobs(x @ w.T, tokens, 0.7, entropy_gradient)
         else:
             logprobs, entropy = score_tokens(x, w, tokens, 0.7, entropy_gradient, chunk_bytes=chunk * V * 4)
         assert entropy.requires_grad == entropy_gradient
         (logprobs @ a + (entropy @ b if entropy_gradient else 0)).backward()
-        found.append((logprobs.detach(), entropy.detach(), x.grad, w.grad))
+        found.append((logprobs.detach(), entropy.detach(), x.grad, *([] if frozen else [w.grad])))
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_a_frozen_head_are_made_once() -> None:
+    """What a token asks of its hidden state is known in the forward pass, but for a factor: two products with the weight, not three."""
+    w = random(V, H, seed=1)
+    for trained, products in ((False, 2), (True, 4)):
+        x = random(N, H).requires_grad_()
+        with _Products() as counted:
+            score_tokens(x, w.clone().requires_grad_(trained), torch.zeros(N, dtype=torch.int64))[0].sum().backward()
+        assert counted.count == products
+
+
+class _Products(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket is torch.ops.aten.mm
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])

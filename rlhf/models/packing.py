@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.batching import pack
+from rlhf.batching import in_groups, pack
 from rlhf.types import Packed
 
 # No mask function is registered under this name on purpose: transformers' mask creation then returns None at once.
@@ -94,7 +94,7 @@ def packed_attention(
 def _in_groups(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
     """Sequences of about the same length side by side, padded on the right for this one operation."""
     done = []
-    for group in packed.groups:
+    for group in in_groups(packed):
         rows, width = group.index.shape
         side = [t[group.index.flatten()].view(rows, width, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)]
         mask = None

@@ -1,7 +1,8 @@
 """The head's last step without its logits: logprob and entropy of given tokens, forward and backward, a chunk of tokens at a time.
 
 For n tokens and V words there is never an [n, V] tensor: only [CHUNK, V] in the weights' dtype, made once in the forward pass and once more in the
-backward pass (as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, with the library's products).
+backward pass (as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, with the library's products). Where
+the head's weight is frozen (LoRA) once is enough: what a token's logprob asks of its hidden state does not depend on the loss but for a factor.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf.ops.fused import tl, triton
 
@@ -30,6 +32,10 @@ def score_tokens(
 
     The same as `token_logprobs` of those logits. The entropy carries gradients only if asked."""
     chunk = max(1, (chunk_bytes or CHUNK_BYTES) // (weight.shape[0] * hidden.element_size()))
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad and not entropy_gradient
+    if frozen:
+        found: tuple[Tensor, Tensor] = _ScoreTokensFrozen.apply(hidden, weight, tokens, temperature, chunk)  # type: ignore[no-untyped-call]
+        return found
     logprobs, entropy = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
         hidden, weight, tokens, temperature, entropy_gradient, chunk
     )
@@ -68,6 +74,32 @@ class _ScoreTokens(torch.autograd.Function):
             if wants_weight:
                 d_weight = _accumulate(d_weight, logits.t(), hidden[part], n > chunk)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
+class _ScoreTokensFrozen(torch.autograd.Function):
+    """Of a weight that is not trained, entropy without gradient: the gradient of each logprob is taken while its logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
+        n = len(hidden)
+        log_z, mean, chosen = (torch.empty(n, device=hidden.device) for _ in range(3))
+        d_hidden, one = torch.empty_like(hidden), torch.ones(n, device=hidden.device)
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(hidden[part], weight)
+            _statistics(logits, tokens[part], temperature, log_z[part], mean[part], chosen[part])
+            _gradient(logits, tokens[part], temperature, log_z[part], mean[part], one[part], None)
+            torch.mm(logits, weight, out=d_hidden[part])
+        ctx.save_for_backward(d_hidden)
+        entropy = log_z - mean
+        ctx.mark_non_differentiable(entropy)
+        return chosen - log_z, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden,) = ctx.saved_tensors
+        return (d_hidden * d_logprobs[:, None]).to(d_hidden.dtype), None, None, None, None
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, wide: bool) -> Tensor:

@@ -317,22 +317,15 @@ def needs_old_logprobs(config: Config, step: int) -> bool:
 
 
 def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool = True) -> ExperiencePasses:
-    """The scoring forwards, each timed under verl's name."""
+    """The scoring forwards."""
     temperature = config.rollout.temperature
     reference, critic = models.reference, models.critic
-
-    def timed(name: str, scorer: Callable[[MicroBatch], Tensor]) -> Callable[[MicroBatch], Tensor]:
-        def run(batch: MicroBatch) -> Tensor:
-            with timer.phase(name):
-                return scorer(batch)
-
-        return run
-
     return ExperiencePasses(
-        old_logprobs=timed("old_log_prob", lambda batch: response_logprobs(models.actor.score, batch, temperature)[0]) if old_logprobs else None,
-        ref_logprobs=timed("ref", lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
-        values=timed("values", lambda batch: response_values(critic.score, batch)) if critic else None,
+        old_logprobs=(lambda batch: response_logprobs(models.actor.score, batch, temperature)[0]) if old_logprobs else None,
+        ref_logprobs=(lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
+        values=(lambda batch: response_values(critic.score, batch)) if critic else None,
         packing=config.train.packing,
+        timed=timer.phase,
         together=models.together,
     )
 
