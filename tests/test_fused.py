@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama import modeling_llama
@@ -210,6 +211,16 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: b
     assert linear(x.detach(), weight.detach(), None).grad_fn is None
 
 
+def with_adapters(model: nn.Module) -> nn.Module:
+    """Whose adapters do something; the same ones for the same shapes."""
+    wrapped = add_adapters(model, LoraConfig(r=4), 3)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data.copy_(draw * parameter.shape[1] ** -0.5)
+    return wrapped
+
+
 # --------------------------------------------------------------------------------------------------------------------------
 # Kernels
 
@@ -325,6 +336,32 @@ def test_gate_and_up_side_by_side(forced: Counter[str], dtype: torch.dtype) -> N
 
 
 @in_kernels
+def test_adapted_layers(forced: Counter[str]) -> None:
+    """A decoder layer's projections and MLP under LoRA, in kernels and half precision: as near float64 as peft's own forward is."""
+    found = []
+    for kind in ("truth", "theirs", "ours"):
+        model = build(FAMILIES["qwen2"][0])
+        if kind == "ours":
+            fuse(model)
+        model = with_adapters(model).to(DEVICE, torch.float64 if kind == "truth" else HALF)
+        if kind != "ours":
+            for part in model.modules():
+                vars(part).pop("forward", None)
+        layer: Any = model.get_submodule("base_model.model.model.layers.0")
+        x = values(2, 9, 48, dtype=next(model.parameters()).dtype).requires_grad_()
+        outs = [layer.mlp(x), *(getattr(layer.self_attn, f"{n}_proj")(x) for n in "qkv")]
+        sum((out * values(*out.shape, dtype=out.dtype, seed=5)).sum() for out in outs).backward()  # type: ignore[union-attr]
+        assert x.grad is not None
+        tensors = {"x": x.grad, **{str(i): out.detach() for i, out in enumerate(outs)}}
+        found.append(tensors | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert forced["_SiluMul"] == forced["_GatedDown"] == 0 and type(outs[0].grad_fn).__name__ == "_LoraMlpBackward"
+    assert found[0].keys() == found[2].keys() and len(found[0]) == 5 + 2 * 6
+    for name, value in found[0].items():
+        theirs, ours = (float((f[name].double() - value).norm() / value.norm()) for f in found[1:])
+        assert ours < 1.3 * theirs + 1e-3, (name, ours, theirs)
+
+
+@in_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(16, 6, 2), (24, 3, 1), (64, 14, 2), (10, 1, 1)])
 @pytest.mark.parametrize("layout", ["model", "contiguous", "sliced"])
@@ -437,12 +474,19 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("packed", [False, True])
-    def test_fused_models_are_as_near_the_truth(self, family: str, packed: bool) -> None:
-        """Logits and gradients in bfloat16 against those of float32: no further away than transformers' own operations are."""
+    @pytest.mark.parametrize("adapters", [False, True])
+    def test_fused_models_are_as_near_the_truth(self, family: str, packed: bool, adapters: bool) -> None:
+        """Logits and gradients in bfloat16 against those of float32: no further away than transformers' and peft's own operations are."""
         config, modules = FAMILIES[family]
         truth, plain = build(config).cuda(), build(config).to("cuda", torch.bfloat16)
         truth.load_state_dict(plain.state_dict())
         model = copy.deepcopy(plain)
+        if adapters:
+            assert fuse(model) == modules
+            truth, plain, model = (with_adapters(one) for one in (truth, plain, model))
+            for layer in (*truth.modules(), *plain.modules()):
+                if isinstance(layer, LoraLayer):
+                    vars(layer).pop("forward")
         ids, inputs = IDS.cuda(), {}
         if packed:
             inputs = inputs_of(ids, pack([13, 9]).to(torch.device("cuda")))
@@ -450,11 +494,11 @@ class TestOnGpu:
         for one in (truth, plain, model):
             if packed:
                 pack_attention(one)
-            if one is model:
+            if one is model and not adapters:
                 assert fuse(one) == modules
             logits = one(**(inputs or {"input_ids": ids, "use_cache": False})).logits
             (logits.float() * torch.linspace(-1, 1, 97, device="cuda")).square().mean().backward()
-            found.append({"logits": logits.detach().float()} | {n: p.grad.float() for n, p in one.named_parameters()})
+            found.append({"logits": logits.detach().float()} | {n: p.grad.float() for n, p in one.named_parameters() if p.grad is not None})
         for name, value in found[0].items():
             theirs, ours = (float((f[name] - value).norm() / value.norm()) for f in found[1:])
             assert ours < 2 * theirs + 1e-3, (name, ours, theirs)
