@@ -170,6 +170,17 @@ def test_what_the_products_cannot_do_is_pefts(models: Path) -> None:
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-6, rtol=1e-6)
 
 
+def test_projections_are_computed_together_for_one_input_only(models: Path) -> None:
+    """Another input than the first projection's, another order, a second call: each as peft computes it."""
+    ours, theirs = (with_adapters(models / "llama").get_submodule("base_model.model.model.layers.0.self_attn") for _ in range(2))
+    for layer in theirs.modules():
+        vars(layer).pop("forward", None)
+    a, b = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).split(1)
+    for name, x in (("q", a), ("k", b), ("v", a), ("v", a), ("k", a), ("q", b), ("v", b), ("k", b), ("k", b)):
+        found, expected = (getattr(attention, f"{name}_proj")(x) for attention in (ours, theirs))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_adapters_are_of_the_bases_dtype(models: Path) -> None:
     """ZeRO-3 casts nothing that was loaded in parts: float32 adapters in a bfloat16 model stay so, and each keeps a float32 copy of its input."""
     model = add_adapters(causal(models / "llama").bfloat16(), LoraConfig(r=4), seed=0)
