@@ -103,12 +103,14 @@ class World:
         result[index] = gathered
         return result
 
-    def gather_shards(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[range]:
+    def gather_shards(self, pairs: Sequence[tuple[Tensor, Tensor]], ready: Callable[[range], None] = lambda indices: None) -> Iterator[range]:
         """For each (whole [size * n], shard [n]): all ranks' shards, one behind the other, straight into `whole`. (collective)
 
+        A shard may be this rank's place in `whole`. ready: puts the shards of these pairs there, on the current stream, just before they leave.
         Everything is under way on return; yields indices of `pairs` in groups, each once the current stream is made to wait for it, the host never.
         """
         if self.device.type == "cpu" or not pairs:
+            ready(range(len(pairs)))
             for whole, shard in pairs:
                 dist.all_gather_into_tensor(whole, shard)
             return iter([range(len(pairs))])
@@ -117,6 +119,7 @@ class World:
         for i, (whole, _) in enumerate(pairs):  # many tensors to one launch: a small one alone does not fill the link
             size += whole.numel() * whole.element_size()
             if size >= 1 << 30 or i == len(pairs) - 1:
+                ready(range(begin, i + 1))
                 with dist._coalescing_manager(device=self.device, async_ops=True) as work:
                     for out, part in pairs[begin : i + 1]:
                         dist.all_gather_into_tensor(out, part, async_op=True)

@@ -10,6 +10,7 @@ What is settled here, so that nobody else has to know (each was wrong silently s
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -215,8 +216,9 @@ def full_tensors(layout: Sequence[WeightSource], group_bytes: int = 256 << 20) -
 def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], world: World, turn: int, copies: Copies) -> Tensor:
     """Write the plain model's tensors, adapters merged, to their places in `weights`, shards all-gathered straight into them. (collective)
 
-    Adapters are merged into what has arrived while the rest is on its way. Returns how many elements that this rank can judge came out wrong, as a
-    tensor that nobody has waited for; CHECKED tensors are looked at, others each `turn` (trap 21). `weights` as `check_fit` wants them.
+    Each rank merges adapters into its own rows, on their way into the buffer and before they leave for the others: merging costs no pass over the
+    weights, and happens while others' rows arrive. Returns how many elements that this rank can judge came out wrong, as a tensor that nobody has
+    waited for; CHECKED tensors are looked at, others each `turn` (trap 21). `weights` as `check_fit` wants them.
     """
     copies.start()
     pairs = [(s.weight, weights[s.name]) for s in layout]
@@ -224,25 +226,48 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     adapters = {id(p): p.detach() if _shard(p) is None else torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small}
     for _ in _bring([(p, adapters[id(p)]) for p in small if _shard(p) is not None], world, Copies()):
         pass
+
+    merging: dict[int, Merge] = {}
+    for i, source in enumerate(layout):
+        rows = _own_rows(source.weight, world)
+        if source.lora_a is not None and rows is not None:
+            merging[i] = functools.partial(source.merge, adapters[id(source.lora_a)], adapters[id(source.lora_b)], rows)
     checked = {(turn * CHECKED + i) % len(layout) for i in range(CHECKED)}
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)
-    for i in _bring(pairs, world, copies):
-        source = layout[i]
-        if i not in checked and source.lora_a is None:
+    for i in _bring(pairs, world, copies, merging):
+        source, view = layout[i], weights[layout[i].name]
+        if source.lora_a is None or source.lora_b is None:
+            if i in checked:
+                wrong += _differing(source.weight, view, world, turn)
             continue
-        view = weights[source.name]
+        a, b = adapters[id(source.lora_a)], adapters[id(source.lora_b)]
+        rows = _own_rows(source.weight, world) or slice(0, len(view))
+        if i not in merging:
+            if i in checked:
+                wrong += _differing(source.weight, view, world, turn)
+            before = view.clone() if i in checked else view
+            source.merge(a, b, rows, view, view)
+        else:
+            before = _held(source.weight).to(world.device).view(-1, view.shape[1])
         if i in checked:
-            wrong += _differing(source.weight, view, world, turn)
-        if source.lora_a is not None and source.lora_b is not None:
-            a, b = adapters[id(source.lora_a)], adapters[id(source.lora_b)]
-            first = turn * CHECKED % len(view)
-            rows = slice(first, first + CHECKED)
-            before = view[rows].clone() if i in checked else None
-            source.merge_into(view, a, b)
-            if before is not None:
-                wrong += sum(_differing(p, adapters[id(p)], world, turn) for p in (source.lora_a, source.lora_b))
-                wrong += source.wrongly_merged(before, view[rows], a, b, rows)
+            after = view[rows]
+            again = torch.empty_like(after)
+            source.merge(a, b, rows, before, again)
+            first = turn * CHECKED % len(after)
+            last = min(first + CHECKED, len(after))
+            some = slice(rows.start + first, rows.start + last)
+            wrong += (again != after).sum() + source.wrongly_merged(before[first:last], after[first:last], a, b, some)
+            wrong += sum(_differing(p, adapters[id(p)], world, turn) for p in (source.lora_a, source.lora_b))
     return wrong
+
+
+def _own_rows(weight: nn.Parameter, world: World) -> slice | None:
+    """Which rows of a matrix this rank holds; None where its part does not end with a row."""
+    shard, shape = _shard(weight), _shape(weight)
+    if shard is None:
+        return slice(0, shape[0])
+    count, rest = divmod(shard.numel() * shape[0], shape.numel())
+    return None if rest or shard.numel() * world.size != shape.numel() else slice(count * world.rank, count * (world.rank + 1))
 
 
 def check_fit(layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> None:
@@ -268,9 +293,21 @@ def _shard(parameter: nn.Parameter) -> Tensor | None:
     return parameter.ds_tensor if partitioned else None  # type: ignore[attr-defined]
 
 
-def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World, copies: Copies) -> Iterator[int]:
-    """Every parameter, whole, into the contiguous tensor beside it; yields the index of each once what follows on the stream may use it, while the
-    rest is on its way. The host does not wait. (collective; to be run to its end)"""
+Merge = Callable[[Tensor, Tensor], None]  # what this rank holds of a weight, and its place in the whole, where it is to be put with adapters
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter."""
+    shard = _shard(parameter)
+    return parameter.detach() if shard is None else shard
+
+
+def _bring(
+    pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World, copies: Copies, merging: Mapping[int, Merge] | None = None
+) -> Iterator[int]:  # fmt: skip
+    """Every parameter, whole, into the contiguous tensor beside it, those of `merging` by its functions; yields the index of each once what follows
+    on the stream may use it, while the rest is on its way. The host does not wait. (collective; to be run to its end)"""
+    merging = merging or {}
     here: list[int] = []
     held: list[tuple[Tensor, Tensor]] = []
     gathers: list[tuple[int, Tensor, Tensor]] = []
@@ -279,9 +316,11 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World, copies: C
         shard, count = _shard(parameter), target.numel()
         if shard is None or (world.size == 1 and shard.numel() == count):
             here.append(i)
-            held.append((target, parameter.data if shard is None else shard))
+            if i not in merging:
+                held.append((target, parameter.data if shard is None else shard))
         elif shard.numel() * world.size == count and shard.dtype == target.dtype:
-            gathers.append((i, target.view(-1), shard.to(world.device)))
+            shard, whole = shard.to(world.device), target.view(-1)
+            gathers.append((i, whole, shard if i not in merging else whole[world.rank * shard.numel() :][: shard.numel()]))
         else:
             padded.append(i)
     copies.finish(held)
@@ -290,7 +329,21 @@ def _bring(pairs: Sequence[tuple[nn.Parameter, Tensor]], world: World, copies: C
         with GatheredParameters([pairs[i][0] for i in part]):
             for i in part:
                 pairs[i][1].copy_(pairs[i][0].detach())
-    arrived = world.gather_shards([(target, shard) for _, target, shard in gathers])
+
+    def merge(i: int, place: Tensor) -> None:
+        rows = place.view(-1, pairs[i][1].shape[-1])
+        merging[i](_held(pairs[i][0]).to(world.device).view(rows.shape), rows)
+
+    for i in here:
+        if i in merging:
+            merge(i, pairs[i][1])
+
+    def ready(indices: range) -> None:
+        for i, _, shard in gathers[indices.start : indices.stop]:
+            if i in merging:
+                merge(i, shard)
+
+    arrived = world.gather_shards([(target, shard) for _, target, shard in gathers], ready)
     yield from padded
     yield from here
     for group in arrived:

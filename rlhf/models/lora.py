@@ -408,21 +408,21 @@ class WeightSource:
         room = 2**-7 * expected.abs() + 2**-9 * (left.abs() @ right.abs()) + 1e-6
         return (~((after.double() - expected).abs() <= room)).sum()
 
-    def merge_into(self, base: Tensor, a: Tensor, b: Tensor) -> None:
-        """base += scale * B @ A, in place, where `base` is a copy of the weight; rounded once.
+    def merge(self, a: Tensor, b: Tensor, rows: slice, weight: Tensor, out: Tensor) -> None:
+        """out = weight + scale * B @ A, both being these rows of the whole; rounded once. They may be the same tensor.
 
-        A half-precision base takes float32 adapters as two halves each (Markidis et al. 2018, arXiv:1803.04014: hi hi + hi lo + lo hi), so that the
+        A half-precision weight takes float32 adapters as two halves each (Markidis et al. 2018, arXiv:1803.04014: hi hi + hi lo + lo hi), so that the
         tensor cores multiply them, and what is lost is far below the one rounding.
         """
-        if base.dtype == torch.bfloat16:
+        if weight.dtype == torch.bfloat16:
             if a.dtype == torch.float32:
                 a_high, b_high = a.bfloat16(), b.bfloat16()
                 a = torch.cat((a_high, a_high, (a - a_high).bfloat16()))
                 b = torch.cat((b_high, (b - b_high).bfloat16(), b_high), 1)
             left, right = (a.t(), b.t()) if self.transposed else (b, a)
-            base.addmm_(left, right, alpha=self.scale)  # accumulates in float32, and adds before it rounds
+            torch.addmm(weight, left[rows], right, alpha=self.scale, out=out)  # accumulates in float32, and adds before it rounds
             return
-        base.copy_(base.float() + self.update(a, b))
+        out.copy_(weight.float() + self.update(a, b)[rows])
 
 
 def weight_layout(module: nn.Module) -> list[WeightSource]:

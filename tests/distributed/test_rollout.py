@@ -41,16 +41,16 @@ def take_over(world: World, models: Path, name: str, stage: int, lora: bool, dam
     before = {n: t.clone() for n, t in engine.full_tensors(layout)}
     addresses = [t.data_ptr() for t in hybrid.own_weights().values()]
     if damage == "merge":
-        merge = WeightSource.merge_into
-        WeightSource.merge_into = lambda self, base, a, b: merge(self, base, a, 1.1 * b)  # type: ignore[method-assign]
-    if damage in ("shards", "adapters"):
+        merge = WeightSource.merge
+        WeightSource.merge = lambda self, a, b, *rest: merge(self, a, 1.1 * b, *rest)  # type: ignore[method-assign]
+    if damage in ("shards", "adapters", "weights"):
         whole = World.gather_shards
         calls: list[int] = []
 
-        def damaged(self: World, pairs: Any) -> Any:
-            arrived = list(whole(self, pairs))
+        def damaged(self: World, pairs: Any, *rest: Any) -> Any:
+            arrived = list(whole(self, pairs, *rest))
             calls.append(len(pairs))
-            for out, _ in pairs if damage == "shards" or len(calls) == 1 else []:  # adapters come first
+            for out, _ in pairs if damage == "shards" or len(calls) == 1 + (damage == "weights") else []:  # adapters come first
                 out[-1] += 1  # belongs to the last rank
             return iter(arrived)
 
@@ -87,15 +87,21 @@ def test_trap_21_shards_arrive_whole_and_merged(models: Path, name: str, stage: 
         assert message == ""
 
 
+def test_trap_21_merged_where_shards_end_inside_a_row(models: Path) -> None:
+    """trap 21: a third of a matrix is no number of rows."""
+    assert all(found == (True, True, "") for found in run_ranks(take_over, 3, models, "llama", 3, True, ""))
+
+
 def test_trap_21_a_wrong_element_stops_the_rollout(models: Path) -> None:
     """trap 21: what arrived is compared with the shard that a rank holds itself."""
     messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, False, "shards")]
     assert "trap 21" in messages[1]  # the last element of a tensor is the last rank's
 
 
-def test_trap_21_a_wrong_adapter_stops_the_rollout(models: Path) -> None:
-    """trap 21: what was gathered to be merged is compared too; a merge of wrong adapters is right in itself."""
-    messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, True, "adapters")]
+@pytest.mark.parametrize("damage", ["adapters", "weights"])
+def test_trap_21_a_wrong_adapter_or_merge_stops_the_rollout(models: Path, damage: str) -> None:
+    """trap 21: what was gathered to be merged is compared too, for a merge of wrong adapters is right in itself; and what was merged."""
+    messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, True, damage)]
     assert "trap 21" in messages[1]
 
 
