@@ -804,8 +804,8 @@ def resolve_deepspeed(
 
 
 def bucket_size(gradients: int) -> int:
-    """Elements that are reduced together: an eighth of a model's gradients, so that most of them are on their way, and added up, while the backward
-    pass is still at work; at most DeepSpeed's own 500 million."""
+    """Elements that are reduced together under ZeRO-2 and 3: an eighth of a model's gradients, so that most of them are on their way, and added up,
+    while the backward pass is still at work; at most DeepSpeed's own 500 million."""
     return max(1, min(500_000_000, gradients // 8))
 
 

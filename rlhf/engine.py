@@ -442,14 +442,15 @@ def fetch_by_layer(module: nn.Module) -> None:
 
 def _know_parameters(layer: nn.Module) -> None:
     """DeepSpeed asks a layer for its parameters four times in every micro-batch, and torch walks through all modules in it each time."""
-    found = list(layer.named_parameters())
+    layer.named_parameters = functools.partial(_named_parameters, layer, list(layer.named_parameters()))  # type: ignore[method-assign]
 
-    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        if prefix or not (recurse and remove_duplicate):
-            return type(layer).named_parameters(layer, prefix, recurse, remove_duplicate)
-        return iter(found)
 
-    layer.named_parameters = named_parameters  # type: ignore[method-assign]
+def _named_parameters(
+    layer: nn.Module, found: list[tuple[str, nn.Parameter]], prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Parameter]]:  # fmt: skip
+    if prefix or not (recurse and remove_duplicate):
+        return type(layer).named_parameters(layer, prefix, recurse, remove_duplicate)
+    return iter(found)
 
 
 class FrozenEngine:
@@ -586,7 +587,7 @@ class TrainEngine:
         return self._engine(*args, **kwargs)
 
     def _mode(self, train: bool) -> None:
-        if self._engine.training != train:  # setting it walks through thousands of modules
+        if self._engine.module.training != train:  # DeepSpeed's own mode never changes; setting it walks through thousands of modules
             self._engine.train(train)
 
     def backward(self, loss_sum: Tensor, denominator: float) -> None:

@@ -77,7 +77,7 @@ def shared_pass(
 ) -> Tensor:
     """[B, width] result of a model pass over all rows, each rank running its plan. (collective)
 
-    Nothing in the loop waits for the device: it computes a forward while the next is made."""
+    With packed rows nothing in the loop waits for the device: it computes a forward while the next is made."""
     results = []
     for part in plan:
         batch = collate(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, mask, part, packing=packing).to(world.device)

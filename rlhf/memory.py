@@ -32,7 +32,7 @@ from rlhf.config import (
 from rlhf.experience import scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
 from rlhf.models.checkpointing import decoder_layers, mlps
-from rlhf.models.fused import FAMILIES
+from rlhf.models.fused import FAMILIES, fuse
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import add_adapters, kept_whole
@@ -106,6 +106,7 @@ class Forward:
     checkpointing: Recomputed = False
     chunked: bool = True  # the head answers in chunks (`rlhf.ops.head`)
     head_trains: bool = True
+    copies: float = 0.0  # bytes of weights that a layer has beside its adapters for a product (`models.lora`)
 
     @property
     def again(self) -> float:
@@ -123,7 +124,7 @@ class Forward:
         """Beside that, at the worst moment: in the head, or in one layer (which is computed again first, as far as it is not kept)."""
         s, size = self.shape, self.size
         wide = max(3 * s.inner, 2 * s.q_dim + 2 * s.kv_dim + (2 * s.q_dim if backward else 0)) + 2 * s.hidden
-        layer = self.tokens * (size * wide + (self.again if backward else 0))
+        layer = self.tokens * (size * wide + (self.again if backward else 0)) + self.copies
         if self.vocabulary == 1:
             return max(layer, 2.0 * self.tokens * 4 * s.hidden)
         logits = self.scored * self.vocabulary * size
@@ -139,14 +140,18 @@ class Forward:
 
 
 def blank_model(role: ModelConfig, architecture: PretrainedConfig, scalar: bool, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The role's model on the meta device, adapters on; ValueError for adapters that do not fit."""
+    """The role's model on the meta device, fused, adapters on; ValueError for adapters that do not fit."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         make: Any = AutoModel if scalar else AutoModelForCausalLM
         module: nn.Module = make.from_config(architecture, dtype=dtype, attn_implementation=role.attention, trust_remote_code=role.trust_remote_code)
         if scalar:
             module = ScalarModel(module, architecture.get_text_config().hidden_size)
+        fuse(module)  # before the adapters, as in the program: they look at what has been fused
         if isinstance(role, TrainedModelConfig) and role.lora:
             module = add_adapters(module, role.lora, seed)
+            for name, parameter in module.named_parameters():
+                if ".lora_" in name:  # peft gives adapters the base's dtype everywhere but on the meta device
+                    parameter.data = parameter.data.to(dtype)
     return module
 
 
@@ -210,6 +215,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     fused = known and size == 2
     head_norms = text.model_type == "qwen3"
     adapted = None if lora is None else [n for n, m in decoder_layers(module)[0].named_modules() if hasattr(m, "lora_A")]
+    one_mlp = known and {name.rsplit(".", 1)[-1] for name in adapted or ()} >= MLP
     shape = model_shape(architecture)
     tokens = largest_forward(config, longest)
     weights = size * ((whole - base - small) / shares + small)
@@ -247,6 +253,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
             checkpointing=isinstance(role, TrainedModelConfig) and role.recomputed,
             chunked=text.model_type in FAMILIES,
             head_trains=lora is None,
+            copies=size * 3.0 * shape.inner * (shape.hidden + 2 * lora.r) if lora and one_mlp else 0.0,
         ),
     )
     return held.offloaded() if role.offloaded else held

@@ -17,14 +17,15 @@ from rlhf import budget, memory
 from rlhf.batching import pack
 from rlhf.budget import choose, open_choices, read_budget, smaller, with_value, with_values, write_budget
 from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config, role_settings
-from rlhf.memory import GIB, MemoryMeter, Plan, blank_model, largest_forward, longest_row, norm_per_token, plan_memory, saved_per_token
+from rlhf.engine import WholePlacement
+from rlhf.memory import GIB, MemoryMeter, Plan, largest_forward, longest_row, norm_per_token, plan_memory, saved_per_token
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
 from rlhf.models.checkpointing import recompute
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
-from rlhf.models.loading import read_architecture
+from rlhf.models.loading import load_causal_lm, load_scalar_model
 from rlhf.models.lora import add_adapters
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head, logprobs_of
@@ -32,7 +33,7 @@ from rlhf.ops import fused
 from rlhf.preflight import roles
 from rlhf.trainers.probe import stand_in, worst_rows
 from rlhf.trainers.run import Run
-from tests.helpers import rl_config
+from tests.helpers import rl_config, single_world
 
 _SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 8}
 _SIZES |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -314,11 +315,15 @@ def test_stand_in_keeps_what_the_model_keeps(name: str, lora: Any, checkpointing
     before = torch.get_rng_state()
     made = stand_in(role, name, True, torch.bfloat16, torch.device("cpu"))
     assert torch.equal(before, torch.get_rng_state())
-    whole = blank_model(role, read_architecture(role, name), name == "critic", torch.bfloat16).to_empty(device="cpu").train()
+    world = single_world()
+    placement = WholePlacement(world)
+    if name == "critic":
+        plain: Any = load_scalar_model(role, name, placement, world, torch.bfloat16, "zero", packing=True)
+    else:
+        plain = load_causal_lm(role, name, placement, world, torch.bfloat16, packing=True)
+    whole = add_adapters(plain, role.lora, 0) if role.lora else plain
+    whole.train()
     assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in whole.parameters())
-    fuse(whole)
-    pack_attention(whole)
-    plain = whole.get_base_model() if lora else whole
     fuse_head(plain)
     recompute(plain, checkpointing, name)
     # Its parameters are fewer, so what only they keep is found by the same means in both.

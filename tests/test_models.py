@@ -176,9 +176,29 @@ def test_projections_are_computed_together_for_one_input_only(models: Path) -> N
     for layer in theirs.modules():
         vars(layer).pop("forward", None)
     a, b = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).split(1)
+    makers = []
     for name, x in (("q", a), ("k", b), ("v", a), ("v", a), ("k", a), ("q", b), ("v", b), ("k", b), ("k", b)):
         found, expected = (getattr(attention, f"{name}_proj")(x) for attention in (ours, theirs))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        makers.append(found.grad_fn)
+    kinds = ["Together" if type(maker).__name__ == "_LoraTogetherBackward" else type(maker).__name__ for maker in makers]
+    assert kinds == ["Together", "_LoraProductBackward", "Together", "_LoraProductBackward", "Together", *["Together"] * 3, "_LoraProductBackward"]
+    assert makers[0] is makers[2] is makers[4] and makers[5] is makers[6] is makers[7] is not makers[0]
+
+
+def test_nothing_of_projections_computed_together_is_left_behind(models: Path) -> None:
+    """Also where attention fails between them; and where each may be given an input of its own, each computes for itself."""
+    model = with_adapters(models / "llama")
+    attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+    group = attention.q_proj.forward.keywords["together"]
+    logits(model)
+    assert group._input is None and not group._outputs
+    attention.k_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model)
+    assert group._input is None and not group._outputs
+    out = attention.q_proj(torch.zeros(1, 2, 32))
+    assert type(out.grad_fn).__name__ == "_LoraProductBackward"
 
 
 def test_adapters_are_of_the_bases_dtype(models: Path) -> None:

@@ -24,7 +24,8 @@ def fuse(model: nn.Module) -> int:
     """Number of norms and MLPs whose forward was replaced (linear layers are, too): 0 for other architectures, and when everything has been replaced
     before.
 
-    It may be a causal LM, its body, or what wraps them. Off the GPU and in float32 the new forwards are the old operations. The rotary embedding is
+    It may be a causal LM, its body, or what wraps them. Off the GPU and in float32 the new forwards are the old operations (until `models.lora` puts
+    others in the place of MLPs whose projections have adapters). The rotary embedding is
     a function of the family's module: replaced once, for all its models in this process."""
     count = 0
     for body in list(model.modules()):

@@ -71,6 +71,7 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
             group = _Together(parts)
             for part in parts:
                 part.forward = functools.partial(_adapted, part, together=group)  # type: ignore[union-attr]
+            layer.register_forward_hook(group.clear, always_call=True)
     return wrapped
 
 
@@ -90,12 +91,16 @@ class _Together:
         if self._input is not x or self._outputs[place] is None:
             return None
         out, self._outputs[place] = self._outputs[place], None
-        if all(one is None for one in self._outputs):
-            self._input = None
         return out
 
-    def _compute(self, x: Tensor) -> None:
+    def clear(self, *_: Any) -> None:
+        """After attention, however it ended: nothing is kept."""
         self._input, self._outputs = None, []
+
+    def _compute(self, x: Tensor) -> None:
+        self.clear()
+        if any(layer._forward_pre_hooks for layer in self._layers):  # each may be given an input of its own (ZeRO-3, gathering by modules)
+            return
         found = [f for layer in self._layers if (f := _plain(layer, x)) is not None]
         if len(found) < len(self._layers) or len({(p.scale, p.a.shape) for p, _ in found}) > 1 or len({b is None for _, b in found}) > 1:
             return
@@ -215,9 +220,11 @@ class _LoraMlp(torch.autograd.Function):
         w_down, a_down, b_down = weights[6:]
         d_rows = d_out.reshape(-1, len(w_down))
         d_wide = _beside(d_rows, b_down, ctx.scale_down)
-        d_gate_up, inner = gated_gradient(gate_up, d_wide @ torch.cat((w_down, a_down)))
-        d_x, d_gates = _stacked_gradients(wide, d_gate_up, ctx.scale, weights[:6])
+        inner = d_wide @ torch.cat((w_down, a_down))  # its gradient first, then itself
+        d_gate_up = gated_gradient(gate_up, inner)
         d_down = d_wide[:, len(w_down) :].t() @ inner, d_rows.t() @ low
+        del inner, d_wide
+        d_x, d_gates = _stacked_gradients(wide, d_gate_up, ctx.scale, weights[:6])
         return d_x.view(d_out.shape), None, None, *d_gates, None, *d_down
 
 

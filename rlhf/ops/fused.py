@@ -271,22 +271,23 @@ def gated(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def gated_gradient(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    """([n, 2 I] gradient of `gate_up`, [n, I] what `gated` gave), from d_out [n, I]."""
+def gated_gradient(gate_up: Tensor, d_out: Tensor) -> Tensor:
+    """[n, 2 I] gradient of `gate_up`, from d_out [n, I], which becomes what `gated` gave."""
     n, width = d_out.shape
     d_gate_up = torch.empty_like(gate_up)
     if _in_kernels(gate_up, d_out):
-        out = torch.empty_like(d_out)
         _silu_mul_gradient[(n, triton.cdiv(width, 1024))](
-            gate_up, gate_up[:, width:], d_out, d_gate_up, d_gate_up[:, width:], out, width, 2 * width, 1024, True, num_warps=4
+            gate_up, gate_up[:, width:], d_out, d_gate_up, d_gate_up[:, width:], d_out, width, 2 * width, 1024, True, num_warps=4
         )  # fmt: skip
-        return d_gate_up, out
+        return d_gate_up
     gate, up = gate_up.chunk(2, -1)
-    sigmoid = torch.sigmoid(gate)
     act = F.silu(gate)
-    d_gate_up[:, :width] = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_gate_up[:, width:] = d_out * act
-    return d_gate_up, act * up
+    torch.mul(d_out, act, out=d_gate_up[:, width:])
+    slope = torch.sigmoid(gate)
+    slope.mul_((1 - slope).mul_(gate).add_(1))
+    torch.mul(slope.mul_(up), d_out, out=d_gate_up[:, :width])
+    torch.mul(act, up, out=d_out)
+    return d_gate_up
 
 
 class _Again:

@@ -18,7 +18,6 @@ from rlhf.budget import smaller, with_value, write_budget
 from rlhf.config import Config, TrainedModelConfig
 from rlhf.memory import blank_model, largest_forward
 from rlhf.models.checkpointing import decoder_layers, recompute
-from rlhf.models.fused import fuse
 from rlhf.models.loading import model_dtype, read_architecture, without_dropout
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head
@@ -91,7 +90,6 @@ def stand_in(role: TrainedModelConfig, name: str, packing: bool, dtype: torch.dt
     for i in range(1, len(layers)):
         layers[i] = layers[0]
     module.to_empty(device=device)
-    fuse(module)
     if packing:
         pack_attention(module)
     plain: nn.Module = module.get_base_model() if role.lora else module  # type: ignore[operator]
