@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
+import pickle
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,17 +21,39 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf.batching import plan_micro_batches
 from rlhf.config import ROOT, LoraConfig, TrainedModelConfig, resolve_deepspeed
 from rlhf.distributed import World
-from rlhf.engine import FrozenEngine, PartitionedPlacement, TrainEngine, full_tensors, learning_rate_at, loading_context
+from rlhf.engine import (
+    FrozenEngine,
+    PartitionedPlacement,
+    TrainEngine,
+    WholePlacement,
+    fetch_by_layer,
+    full_tensors,
+    learning_rate_at,
+    loading_context,
+)
 from rlhf.experience import gather_rollout
+from rlhf.models.checkpointing import decoder_layers
 from rlhf.models.export import export_model
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapters_off, add_adapters, weight_layout
 from rlhf.rewards import RewardModel
 from rlhf.rollout import EngineSettings, HybridEngine
+from rlhf.trainers import rl as rl_module
 from rlhf.trainers.rl import denominators, describe_experience, micro_batch_of, plan_epoch, policy_loss, train_rl
 from rlhf.types import Prompt, Sampling
 from tests.distributed.steps import experience_of, open_models, update, weights
-from tests.helpers import VOCABULARY, deepspeed_block, make_rollout, make_scores, relative, rl_config, run_ranks, tiny_tokenizer, write_jsonl
+from tests.helpers import (
+    VOCABULARY,
+    deepspeed_block,
+    make_rollout,
+    make_scores,
+    relative,
+    rl_config,
+    run_ranks,
+    single_world,
+    tiny_tokenizer,
+    write_jsonl,
+)
 
 IDS = torch.randint(4, VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(2))
 ROLLOUT = make_rollout([4, 4, 9, 9, 2, 2, 5], [3, 8, 5, 7, 4, 6, 1], window=8)
@@ -326,6 +350,68 @@ def held_adapters(world: World, folder: Path) -> None:
 def test_adapters_are_on_every_rank(models: Path) -> None:
     """Two ranks, the settings that users get: nobody gathers hundreds of small matrices for a forward or a hand-over."""
     run_ranks(held_adapters, 2, models / "llama")
+
+
+# ---- what the host is spared
+
+
+def order_of_calls(world: World, models: Path) -> list[str]:
+    trained, run = open_models(rl_config(models, train={"packing": True, "micro_batch": 2}), world)
+    seen: list[str] = []
+    made, backward = rl_module.micro_batch_of, TrainEngine.backward
+
+    def noted(*args: Any) -> Any:
+        seen.append("made")
+        return made(*args)
+
+    def stepped(self: TrainEngine, *args: Any) -> None:
+        seen.append("backward")
+        backward(self, *args)
+
+    rl_module.micro_batch_of, TrainEngine.backward = noted, stepped  # type: ignore[method-assign]
+    update(trained, run, experience_of(trained, run, ROLLOUT, SCORES))
+    return seen
+
+
+def test_the_next_micro_batch_is_made_before_a_backward_pass(models: Path) -> None:
+    """ZeRO-3 ends a backward pass by waiting for the device, which would have nothing to do meanwhile."""
+    seen = run_ranks(order_of_calls, 1, models)[0]
+    forwards = seen.count("made")
+    assert forwards == seen.count("backward") >= 4 and forwards % 2 == 0
+    one_role = ["made", *["made", "backward"] * (forwards // 2 - 1), "backward"]
+    assert seen == one_role * 2  # actor, critic
+
+
+def modes_and_buckets(world: World, folder: Path, stage: int) -> tuple[list[bool], float, bool]:
+    engine = causal_engine(world, folder, stage, lora=True)
+    seen = []
+    for call in (forward, forward, engine.score, engine.score, forward):
+        call(engine, IDS) if call is forward else forward(call)
+        seen.append(all(module.training for module in engine.module.modules()))
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    bucket = engine._engine.optimizer.reduce_bucket_size / trained
+    layer = decoder_layers(engine.module)[0]
+    known = [(name, id(p)) for name, p in layer.named_parameters()] == [(name, id(p)) for name, p in type(layer).named_parameters(layer)]
+    twin = copy.deepcopy(layer) if stage < 3 else layer
+    own = {id(p) for p in type(twin).parameters(twin)}
+    return seen, bucket, known and {id(p) for _, p in twin.named_parameters()} == own
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_modes_buckets_and_parameters(models: Path, stage: int) -> None:
+    """A forward with gradients trains also after a scoring one, or gradient checkpointing would be off; gradients leave in eight buckets; a layer
+    knows its parameters."""
+    seen, bucket, known = run_ranks(modes_and_buckets, 1, models / "llama", stage)[0]
+    assert seen == [True, True, False, False, True] and known
+    assert 0.12 < bucket <= 0.125
+
+
+def test_a_layer_that_knows_its_parameters_is_copied_and_pickled(models: Path) -> None:
+    model = load_causal_lm(TrainedModelConfig(path=models / "llama"), "actor", WholePlacement(single_world()), single_world(), torch.float32)
+    fetch_by_layer(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        found, own = ([id(p) for p in decoder_layers(one)[0].parameters()] for one in (model, twin))
+        assert len(found) == len(own) and not set(found) & set(own)
 
 
 # ---- trap 33
