@@ -357,7 +357,7 @@ if __name__ == "__main__":
         help="what each brings: rows without padding, logits in chunks, fused kernels, ZeRO-3 gathering by layers, forwards scored together",
     )
     parser.add_argument("--in_turn", action="store_true", help="with everything, then without each of these in turn")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of each decoder layer (`compile=true` of every role), instead of fused kernels")
+    parser.add_argument("--compile", action="store_true", help="compile=true of every role: compiled layers instead of fused kernels")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
     parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")
     parser.add_argument("--cache_tokens", type=int, default=0)

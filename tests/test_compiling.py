@@ -19,7 +19,7 @@ from rlhf.models.checkpointing import decoder_layers, recompute
 from rlhf.models.compiling import check_compile, compile_layers
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
-from rlhf.models.lora import add_adapters, adapters_off
+from rlhf.models.lora import adapters_off, add_adapters
 from rlhf.models.packing import pack_attention
 from rlhf.preflight import check
 from rlhf.types import Packed
@@ -55,7 +55,7 @@ def model_of(family: str, layers: int, compiled: bool, packed: bool, what: Recom
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
-                    parameter.normal_()
+                    parameter.normal_(std=0.1)
     if compiled:
         compile_layers(model)
     recompute(model, what, "actor")
@@ -91,11 +91,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    return relative({"": found}, {"": expected})
+
+
 def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys() and len(ours) > 10
-        for name in theirs:
-            assert relative(ours[name], theirs[name]) < 1e-5, name
+        assert relative(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize(("packed", "what", "lora"), CASES)
@@ -109,10 +112,12 @@ def test_the_same_with_a_graph_for_all_layers_and_lengths(packed: bool, what: Re
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2"])
-def test_other_families(family: str) -> None:
-    """With the attention that a CPU has, between whose groups nothing is compiled."""
+def test_other_families(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them with the attention that a CPU has, which breaks the graph."""
+    if family != "llama":
+        monkeypatch.setattr(packing, "_in_groups", in_one_product)
     found, graphs = outcomes(model_of(family, 3, True, True, False, False), True, False)
-    assert graphs[0] == graphs[1] == graphs[2]
+    assert graphs[0] == graphs[1] == graphs[2] and bool(counters["graph_break"]) == (family == "llama")
     assert_same(found, outcomes(model_of(family, 3, False, True, False, False), True, False)[0])
 
 
@@ -122,7 +127,6 @@ def test_inductor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real backend; in half precision it rounds where the operations round, so that graphs with gradients score as those without."""
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
     monkeypatch.setattr(packing, "_in_groups", in_one_product)
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     plain, model = (model_of("qwen2", 3, compiled, True, False, False).to(dtype) for compiled in (False, True))
     found = outcomes(model, True, False)[0]
     if dtype == torch.float32:
@@ -131,8 +135,8 @@ def test_inductor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(torch.arange(27).view(3, 9) % 11, pack([5, 9, 3]))
     with_gradients = model(**inputs).logits.detach()
     with torch.no_grad():
-        assert relative(model(**inputs).logits, with_gradients) < 1e-3
-        assert relative(with_gradients, plain(**inputs).logits) < 1e-2
+        assert distance(model(**inputs).logits, with_gradients) < 1e-3
+        assert distance(with_gradients, plain(**inputs).logits) < 1e-2
 
 
 def test_recomputed_layers_keep_their_input_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,5 +179,5 @@ def test_layers_are_there() -> None:
     with torch.no_grad():
         for parameter in decoder_layers(twin).parameters():
             parameter.zero_()
-    assert relative(twin(**inputs).logits, expected) > 0.1
+    assert distance(twin(**inputs).logits, expected) > 0.1
     assert torch.equal(model(**inputs).logits, expected)
