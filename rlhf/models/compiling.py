@@ -55,9 +55,9 @@ def _layer(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
 
 
 def _product(module: nn.Linear, x: Tensor) -> Tensor:
-    """torch's own linear, which DeepSpeed replaces for the whole process by one that looks into the parameter's ZeRO-3 bookkeeping: torch 2.11
-    would make a graph for every `ds_id`, that is for every layer. A compiled graph does not need it, as long as its backward pass starts from the parameter and not from a
-    transposed view; `tests/distributed/test_compiling.py` watches that."""
+    """torch's own linear, which DeepSpeed replaces for the whole process by one that looks into the parameter's ZeRO-3 bookkeeping: torch 2.11 would
+    make a graph for every `ds_id`, that is for every layer. A compiled graph does not need it, as long as its backward pass starts from the parameter
+    and not from a transposed view; `tests/distributed/test_compiling.py` watches that."""
     out: Tensor = torch._C._nn.linear(x, module.weight, module.bias)
     return out
 
