@@ -69,6 +69,7 @@ FOREIGN_NAMES = {
     "pretrain": "actor.path",
     "model": "actor.path",
     "gradient_checkpointing": "actor.gradient_checkpointing",
+    "torch_compile": "actor.compile",
     "bf16": "actor.dtype",
     "temperature": "rollout.temperature",
     "use_peft": "actor.lora",
@@ -107,6 +108,11 @@ class ModelConfig(Section):
     attention: str = Field("sdpa", description="attn_implementation of transformers")
     trust_remote_code: bool = Field(False, description="run code that the model folder ships")
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON (path or mapping) for this role; default: the top-level one")
+    compile: bool = Field(
+        False,
+        description="torch.compile of each decoder layer, from transformers' own operations, in the place of the fused kernels; the first forwards "
+        "take minutes. Needs a C compiler and Triton on a GPU, a C++ compiler without one",
+    )
     offload: bool | Literal["auto"] = Field(
         False,
         description="in pinned host memory while unused (trained: master weights and moments, which pass over the GPU in parts when weights are "

@@ -60,9 +60,9 @@ def saved_per_token(
 ) -> dict[str, float]:
     """Bytes that one decoder layer keeps of a token for its backward pass, by what keeps them.
 
-    size: bytes of a number. known: of `models.fused.FAMILIES`. fused: in the kernels of `rlhf.ops.fused`, which keep their inputs only. adapted:
-    names of the linear modules with LoRA adapters of this rank, all weights being frozen; None: all weights train. Inputs of products are kept for
-    the gradients of their matrices; what several take is kept once, and what comes out of attention is kept there.
+    size: bytes of a number. known: of `models.fused.FAMILIES`, not compiled. fused: in the kernels of `rlhf.ops.fused`, which keep their inputs
+    only. adapted: names of the linear modules with LoRA adapters of this rank, all weights being frozen; None: all weights train. Inputs of products
+    are kept for the gradients of their matrices; what several take is kept once, and what comes out of attention is kept there.
     """
     s, names = shape, None if adapted is None else {name.rsplit(".", 1)[-1] for name in adapted}
 
@@ -70,7 +70,7 @@ def saved_per_token(
         return names is None or bool(names & set(products))
 
     width, count = (s.q_dim + s.kv_dim, s.heads + s.kv_heads) if head_norms else (0, 0)
-    down = taken("down_proj") and not (fused and names is None)  # made again for a plain product (`gated_down`)
+    down = taken("down_proj") and not (known and fused and names is None)  # made again for a plain product (`gated_down`)
     terms = {
         "norms": norm_per_token(2 * s.hidden + width, 2 + count, size, fused, trains=names is None),
         "products": size * s.hidden * taken("q_proj", "k_proj", "v_proj"),
@@ -146,7 +146,8 @@ def blank_model(role: ModelConfig, architecture: PretrainedConfig, scalar: bool,
         module: nn.Module = make.from_config(architecture, dtype=dtype, attn_implementation=role.attention, trust_remote_code=role.trust_remote_code)
         if scalar:
             module = ScalarModel(module, architecture.get_text_config().hidden_size)
-        fuse(module)  # before the adapters, as in the program: they look at what has been fused
+        if not role.compile:
+            fuse(module)  # before the adapters, as in the program: they look at what has been fused
         if isinstance(role, TrainedModelConfig) and role.lora:
             module = add_adapters(module, role.lora, seed)
             for name, parameter in module.named_parameters():
@@ -211,8 +212,8 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     bucket = min(int(zero.get("reduce_bucket_size", bucket_size(sum(learns)))), sum(learns))
     copies = {0: 0, 1: size == 4, 2: 1 + bool(zero.get("overlap_comm")), 3: 1}[stage]  # of the bucket
     text = architecture.get_text_config()
-    known = text.model_type in FAMILIES and getattr(text, "hidden_act", "") == "silu"
-    fused = known and size == 2
+    fusable = text.model_type in FAMILIES and getattr(text, "hidden_act", "") == "silu"
+    known, fused = fusable and not role.compile, fusable and size == 2  # compiled layers keep about what kernels keep, and what `down` takes
     head_norms = text.model_type == "qwen3"
     adapted = None if lora is None else [n for n, m in decoder_layers(module)[0].named_modules() if hasattr(m, "lora_A")]
     one_mlp = known and {name.rsplit(".", 1)[-1] for name in adapted or ()} >= MLP

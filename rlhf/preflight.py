@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from rlhf.budget import choose, open_choices, with_values
@@ -25,6 +26,7 @@ from rlhf.distributed import launch_environment
 from rlhf.memory import blank_model, device_capacity, host_capacity, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
+from rlhf.models.compiling import check_compile
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
@@ -47,8 +49,10 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         if config.train.packing:
             check_packing(architecture, name, role.trust_remote_code)
         if isinstance(role, TrainedModelConfig) and role.gradient_checkpointing == "mlp":
-            mlps(blank_model(role.model_copy(update={"lora": None}), architecture, name != "actor", torch.bfloat16), name)
-        role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
+            mlps(_blank(name, role, architecture), name)
+        settings = role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
+        if role.compile:
+            check_compile(_blank(name, role, architecture), name, settings["zero_optimization"].get("stage", 0), on_gpu)
     if config.task == "rl":
         hybrid_engine_words(config)
         refuse_unsupported(read_architecture(config.actor, "actor"), config.rollout.max_new_tokens)
@@ -60,6 +64,11 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
                 check_adapter(component.model.path, config.actor.path, f"reward.components.{i}.model")
         if config.validation.verifier:
             FunctionReward(RewardComponentConfig(function=config.validation.verifier))
+
+
+def _blank(name: str, role: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
+    """The role's model on the meta device, without adapters."""
+    return blank_model(role.model_copy(update={"lora": None}), architecture, name not in ("actor", "reference"), torch.bfloat16)
 
 
 def _check_tokenizers(config: Config) -> None:

@@ -34,7 +34,8 @@ from rlhf.distributed import World, init_world
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.experience import gather_rollout, scored_together
 from rlhf.metrics import PhaseTimer
-from rlhf.models.checkpointing import decoder_layers, recompute
+from rlhf.models.checkpointing import recompute
+from rlhf.models.compiling import compile_layers
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import adapters_off, add_adapters, weight_layout
@@ -70,7 +71,8 @@ class NoText:
 
 def recipe(args: argparse.Namespace) -> Config:
     checkpointing = {"false": False, "true": True}.get(args.checkpointing, args.checkpointing)
-    trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": checkpointing, "offload": args.offload}
+    role = {"compile": args.compile, "offload": args.offload}
+    trained: dict[str, Any] = {"path": "random", "gradient_checkpointing": checkpointing} | role
     settings: dict[str, Any] = json.loads((ROOT / f"ds_configs/zero{args.zero}.json").read_text())
     settings["zero_optimization"] |= {key: json.loads(value) for key, value in (entry.split("=", 1) for entry in args.zero_set)}
     packing, longest = "packing" not in args.without, WORKLOADS[args.workload][2] + WORKLOADS[args.workload][4]
@@ -79,8 +81,8 @@ def recipe(args: argparse.Namespace) -> Config:
         "run_dir": "unused",
         "deepspeed": settings,
         "actor": trained | ({"lora": {"r": args.lora, "target_modules": "all-linear"}} if args.lora else {}),
-        "critic": {"gradient_checkpointing": checkpointing, "offload": args.offload},
-        "reference": {"offload": args.offload},
+        "critic": {"gradient_checkpointing": checkpointing} | role,
+        "reference": role,
         "reward": {"components": [{"function": "exact_match"}]},
         "data": {"train": [{"path": "none.jsonl"}]},
         "rollout": {"prompts": WORKLOADS[args.workload][0], "group_size": WORKLOADS[args.workload][1]},
@@ -112,21 +114,20 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
         for name, parameter in module.named_parameters():
             local = getattr(parameter, "ds_tensor", parameter.data)
             local.fill_(1.0) if "norm" in name else local.normal_(0.0, 0.02, generator=generator)
-        if "kernels" not in args.without:
+        if "kernels" not in args.without and not role.compile:
             fuse(module)
         if config.train.packing:
             pack_attention(module)
         if "head" not in args.without:
             fuse_head(module)
-        if args.compile:
-            for layer in decoder_layers(module):
-                layer.forward = torch.compile(layer.forward, dynamic=True)
         return module, settings
 
     def trained(role: TrainedModelConfig, name: str) -> TrainEngine:
         module, settings = model(role, scalar=name == "critic")
         if role.lora:
             module = add_adapters(module, role.lora, 0)
+        if role.compile:
+            compile_layers(module)
         recompute(module, role.recomputed, name)
         return TrainEngine(module, role, settings, world, 100, 0, name)
 
@@ -141,6 +142,8 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
 
     elif config.uses_reference:
         module, settings = model(config.reference.model_copy(update={"path": config.actor.path}))
+        if config.reference.compile:
+            compile_layers(module)
         reference = FrozenEngine(module, settings, world, config.reference.offloaded)
     sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
     rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
@@ -354,7 +357,7 @@ if __name__ == "__main__":
         help="what each brings: rows without padding, logits in chunks, fused kernels, ZeRO-3 gathering by layers, forwards scored together",
     )
     parser.add_argument("--in_turn", action="store_true", help="with everything, then without each of these in turn")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of each decoder layer")
+    parser.add_argument("--compile", action="store_true", help="compile=true of every role: compiled layers instead of fused kernels")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
     parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")
     parser.add_argument("--cache_tokens", type=int, default=0)

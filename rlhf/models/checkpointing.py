@@ -4,6 +4,7 @@ arXiv:1604.06174): nothing, the MLP of every decoder layer, or whole layers."""
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -42,19 +43,31 @@ def mlps(module: nn.Module, key: str) -> list[nn.Module]:
 
 
 def recompute(module: Any, what: Recomputed, key: str) -> None:
-    """From here on the backward pass computes this much of the model again. After adapters and fused kernels are in place. ValueError as `mlps`."""
-    if what == "mlp":
-        for part in dict.fromkeys(mlps(module, key)):  # layers may be one module (`probe.stand_in`)
-            part.forward = functools.partial(_again, part.forward)
+    """From here on the backward pass computes this much of the model again. After adapters and fused kernels are in place, or compiled
+    layers: their own forwards are where some versions of transformers look whether to checkpoint. ValueError as `mlps`."""
+    if what == "mlp" or (what and "forward" in vars(decoder_layers(module)[0])):
+        parts: Any = mlps(module, key) if what == "mlp" else decoder_layers(module)
+        for part in dict.fromkeys(parts):  # layers may be one module (`probe.stand_in`)
+            # A method is the same for every layer, a partial would be a graph of its own where layers are compiled.
+            part.forward = functools.partial(_again, part.forward) if "forward" in vars(part) else types.MethodType(_again_plain, part)
     elif what:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": _contexts})
+
+
+def _again_plain(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+    def forward(*inputs: Any, **options: Any) -> Any:
+        return type(module).forward(module, *inputs, **options)
+
+    return _again(forward, *inputs, **options)
 
 
 def _again(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    # Nothing in it is random: dropout is off everywhere (trap 2).
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **options)
+    # Nothing in it is random: dropout is off everywhere (trap 2). Inside of a compiled layer there are no kernels to tell, and its partitioner sees
+    # to it that the second run makes what is needed.
+    told = {} if torch.compiler.is_compiling() else {"context_fn": _contexts}
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **told, **options)
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

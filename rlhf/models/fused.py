@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -90,7 +91,8 @@ def _fuse_rotary(attention: nn.Module) -> None:
 
     @functools.wraps(original)
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        if not args and options.get("unsqueeze_dim", 1) == 1 and options.keys() <= {"unsqueeze_dim"} and rotates(q, k, cos, sin):
+        plain = not args and options.get("unsqueeze_dim", 1) == 1 and options.keys() <= {"unsqueeze_dim"}
+        if plain and not torch.compiler.is_compiling() and rotates(q, k, cos, sin):  # a compiled model of the same family has the operations
             return rotate(q, k, cos, sin)
         return original(q, k, cos, sin, *args, **options)
 

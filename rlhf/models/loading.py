@@ -106,7 +106,8 @@ def load_causal_lm(config: ModelConfig, key: str, placement: Placement, world: W
     """The actor or the reference, placed and verified. packing: for packed forwards, which `check_packing` allows. (collective where partitioned)"""
     module = empty_causal_lm(config, key, placement, dtype)
     _fill(module, config, placement, world, optional=())
-    fuse(module)
+    if not config.compile:
+        fuse(module)
     if packing:
         pack_attention(module)
     return module
@@ -136,7 +137,8 @@ def load_scalar_model(
         found = _fill(module, config, placement, world, optional=("score.weight",) if head == "zero" else ())
     if head == "zero" or "score.weight" not in found:
         placement.write(module.score.weight, torch.zeros(1, module.score.in_features, dtype=dtype))
-    fuse(module)
+    if not config.compile:
+        fuse(module)
     if packing:
         pack_attention(module)
     return module

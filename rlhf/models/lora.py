@@ -68,18 +68,18 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     for layer in module.modules():
         parts = [getattr(layer, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if all(isinstance(part, LoraLinear) and "forward" in vars(part) for part in parts):
-            group = _Together(parts)
+            group = _Together(parts, layer)
             for part in parts:
                 part.forward = functools.partial(_adapted, part, together=group)  # type: ignore[union-attr]
-            layer.register_forward_hook(group.clear, always_call=True)
     return wrapped
 
 
 class _Together:
     """Projections that attention calls one after the other with the same input: the first call computes them all."""
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], attention: nn.Module) -> None:
         self._layers = layers
+        self._hook = attention.register_forward_hook(self.clear, always_call=True)
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
 
@@ -96,6 +96,9 @@ class _Together:
     def clear(self, *_: Any) -> None:
         """After attention, however it ended: nothing is kept."""
         self._input, self._outputs = None, []
+
+    def dissolve(self) -> None:
+        self._hook.remove()
 
     def _compute(self, x: Tensor) -> None:
         self.clear()
@@ -308,6 +311,16 @@ def _check_targets(module: nn.Module, config: LoraConfig) -> None:
                 raise ValueError(f"lora.target_modules={config.target_modules}: {names[0]} is no linear layer; leave it out")
             if len(names) > 1:
                 raise ValueError(f"lora.target_modules={config.target_modules}: {' and '.join(names)} are one tied weight; leave it out")
+
+
+def as_peft(module: nn.Module) -> None:
+    """From here on adapted layers inside of `module` compute by peft's own operations."""
+    for part in module.modules():
+        forward = vars(part).get("forward")
+        if isinstance(forward, functools.partial) and forward.func in (_adapted, _adapted_mlp):
+            if together := forward.keywords.get("together"):
+                together.dissolve()
+            del part.forward
 
 
 def adapters_off(module: nn.Module) -> AbstractContextManager[None]:

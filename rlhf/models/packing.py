@@ -91,6 +91,7 @@ def packed_attention(
     return _in_groups(q, k, v, packed, scale, sliding_window)[None], None
 
 
+@torch.compiler.disable  # as many products as there are groups: a compiled graph would be another for every packing
 def _in_groups(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
     """Sequences of about the same length side by side, padded on the right for this one operation."""
     done = []

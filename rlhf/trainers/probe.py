@@ -18,6 +18,7 @@ from rlhf.budget import smaller, with_value, write_budget
 from rlhf.config import Config, TrainedModelConfig
 from rlhf.memory import blank_model, largest_forward
 from rlhf.models.checkpointing import decoder_layers, recompute
+from rlhf.models.compiling import compile_layers
 from rlhf.models.loading import model_dtype, read_architecture, without_dropout
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head
@@ -94,6 +95,8 @@ def stand_in(role: TrainedModelConfig, name: str, packing: bool, dtype: torch.dt
         pack_attention(module)
     plain: nn.Module = module.get_base_model() if role.lora else module  # type: ignore[operator]
     fuse_head(plain)
+    if role.compile:
+        compile_layers(module)
     recompute(plain, role.recomputed, name)
     return module.train()
 

@@ -22,6 +22,7 @@ from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, StepResult, TrainEngine, loading_context
 from rlhf.experience import ExperiencePasses, gather_results, gather_rollout, kl_per_response, make_experience, scored_together
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
+from rlhf.models.compiling import compile_layers
 from rlhf.models.forward import response_logprobs, response_values
 from rlhf.models.loading import (
     eos_token_ids,
@@ -237,6 +238,8 @@ def _reference(run: Run, actor: TrainEngine) -> Callable[..., Any]:
     dtype = model_dtype(role, run.world.device)
     module = load_causal_lm(role, "reference", loading_context(settings, run.world), run.world, dtype, config.train.packing)
     fuse_head(module)
+    if role.compile:
+        compile_layers(module)
     return FrozenEngine(module, settings, run.world, role.offloaded)
 
 
@@ -254,6 +257,8 @@ def _scorer(run: Run, component: RewardComponentConfig, actor: TrainEngine) -> F
         module = load_adapter(load_scalar_model(body, key, placement, run.world, dtype, "zero", train.packing), role.path)
     else:
         module = load_scalar_model(role, key, loading_context(settings, run.world), run.world, dtype, "keep", train.packing)
+    if role.compile:
+        compile_layers(module)
     mean, std = score_statistics(role.path)
     engine = FrozenEngine(module, settings, run.world, role.offloaded)
     return RewardModel(engine, mean, std, train, run.world, engine.release)

@@ -28,6 +28,7 @@ from rlhf.engine import TrainEngine, loading_context
 from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, longest_row, plan_memory
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
+from rlhf.models.compiling import compile_layers
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
 from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
@@ -126,6 +127,8 @@ class Run:
         if role.lora:
             module = add_adapters(module, role.lora, self.config.seed)
         fuse_head(plain)  # after the adapters: one on the head needs its logits
+        if role.compile:
+            compile_layers(module)
         recompute(module, role.recomputed, key)
         return TrainEngine(module, role, settings, self.world, total_steps, self.config.seed, key)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import rlhf.models.compiling as compiling_module
 import rlhf.models.fused as fused_module
 import rlhf.ops.head as head_module
 import rlhf.trainers.rl as rl_module
@@ -60,19 +61,23 @@ def step_on_ranks(
     forwards: str = "padded",
     head: str = "one chunk",
     checkpointing: Recomputed = False,
+    backend: str | None = None,
 ) -> dict[str, dict[str, Tensor]]:
+    """backend: of compiled layers; None = not compiled."""
     if head == "logits":
         run_module.fuse_head = rl_module.fuse_head = lambda model: False  # type: ignore[assignment]
     elif head == "chunks":
         head_module.CHUNK_BYTES = 5 * VOCABULARY * 4
     # Several steps at rate 1 would blow rounding up: each starts where the one before has landed.
-    rate = {"learning_rate": 1.0 if minibatches == 1 else 0.1, "gradient_checkpointing": checkpointing}
+    compiled = {"compile": backend is not None}
+    compiling_module.BACKEND = backend or compiling_module.BACKEND
+    rate = {"learning_rate": 1.0 if minibatches == 1 else 0.1, "gradient_checkpointing": checkpointing, **compiled}
     config = rl_config(
         models,
         stage,
         actor=rate,
         critic={**rate, "init": "path", "path": models / "scalar", "head": "keep"},
-        reference={"path": models / "reference"},
+        reference={"path": models / "reference", **compiled},
         algorithm={**ALGORITHMS[algorithm], "minibatches": minibatches},
         rollout={"prompts": 5, "group_size": 3, "max_new_tokens": 12, "temperature": TEMPERATURE},
         train={"micro_batch": micro_batch, **FORWARDS[forwards]},
@@ -96,10 +101,20 @@ def whole(models: Path, algorithm: str, minibatches: int) -> dict[str, dict[str,
 
 
 def assert_same(
-    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: Recomputed
+    models: Path,
+    algorithm: str,
+    ranks: int,
+    stage: int,
+    micro_batch: int,
+    minibatches: int,
+    forwards: str,
+    head: str,
+    checkpointing: Recomputed,
+    backend: str | None = None,
 ) -> None:
     expected = whole(models, algorithm, minibatches)
-    for result in run_ranks(step_on_ranks, ranks, models, algorithm, stage, micro_batch, minibatches, forwards, head, checkpointing):
+    case = (models, algorithm, stage, micro_batch, minibatches, forwards, head, checkpointing, backend)
+    for result in run_ranks(step_on_ranks, ranks, *case, timeout=90 if backend is None else 110):
         for name, delta in expected.items():
             assert relative(result[name], delta) < 1e-5, name
 
@@ -127,6 +142,41 @@ def test_gradient_is_the_same_pairwise(
 ) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
     assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, head, checkpointing)
+
+
+# As above, with compiled layers in all models.
+COMPILED = [
+    ("ppo", 2, 3, 3, 1, "packed", "chunks", False),
+    ("ppo", 2, 2, 8, 3, "tokens", "logits", "mlp"),
+    ("grpo", 2, 3, 3, 3, "tokens", "one chunk", True),
+    ("dr_grpo", 2, 3, 8, 1, "padded", "chunks", "mlp"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches", "forwards", "head", "checkpointing"), COMPILED)
+def test_gradient_is_the_same_from_compiled_layers(
+    models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: Recomputed
+) -> None:  # fmt: skip
+    """trap 5, trap 6, trap 25"""
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, head, checkpointing, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("forwards", "head", "checkpointing"), list(itertools.product(FORWARDS, ("logits", "chunks"), (False, True, "mlp"))))
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_gradient_is_the_same_from_compiled_layers_however_a_forward_is_computed(
+    models: Path, ranks: int, stage: int, forwards: str, head: str, checkpointing: Recomputed
+) -> None:  # fmt: skip
+    """trap 5, trap 6, trap 25"""
+    assert_same(models, "ppo", ranks, stage, 3, 1, forwards, head, checkpointing, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forwards", ["padded", "packed"])
+def test_gradient_is_the_same_from_inductor(models: Path, forwards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trap 5, trap 6, trap 25"""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes in forked ranks
+    assert_same(models, "dr_grpo", 2, 3, 3, 1, forwards, "chunks", False, "inductor")
 
 
 @pytest.mark.slow

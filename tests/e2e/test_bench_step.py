@@ -19,6 +19,7 @@ from rlhf.config import ROOT
             {"gen", "ref", "values", "update_actor", "update_critic", "hand_over"},
         ),
         (["--lora", "4", "--no_reference", "--reward_ms", "1", "--checkpointing", "mlp"], {"gen", "reward", "update_actor", "hand_over"}),
+        (["--compile", "--without", "packing"], {"gen", "ref", "update_actor", "hand_over"}),
         (
             ["--without", "packing", "head", "kernels", "layers", "together", "--zero_set", "reduce_bucket_size=1000"],
             {"gen", "ref", "update_actor", "hand_over"},
