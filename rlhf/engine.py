@@ -434,7 +434,8 @@ def fetch_by_layer(module: nn.Module) -> None:
     for part in module.modules():
         if type(part).__name__ in layers:
             part._z3_leaf = True  # type: ignore[assignment]
-            _know_parameters(part)
+            if "forward" not in vars(part):  # compiled layers must have torch's own methods
+                _know_parameters(part)
         elif isinstance(part, nn.Embedding) and not part.weight.requires_grad:
             # A layer is given back when its input's gradient is there: with frozen embeddings the first would never be.
             part.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
