@@ -27,7 +27,8 @@ from tests.helpers import relative, rl_config
 from tests.test_memory import FAMILIES
 
 MICRO_BATCHES = [[5, 9, 3], [4, 8, 2, 2, 7], [3, 20]]
-CASES = [(False, False, False), (True, False, True), (True, True, False), (False, "mlp", True), (True, "mlp", False)]
+SLOW = [(True, False, True), (True, True, False), (True, "mlp", False)]
+CASES = [(False, False, False), (False, "mlp", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 def in_one_product(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
@@ -111,7 +112,7 @@ def test_the_same_with_a_graph_for_all_layers_and_lengths(packed: bool, what: Re
     assert_same(found, outcomes(model_of("qwen2", 5, False, packed, what, lora), packed, lora)[0])
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in ("llama", "qwen2"))])
 def test_other_families(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them with the attention that a CPU has, which breaks the graph."""
     if family != "llama":

@@ -83,7 +83,7 @@ def step(world: World, models: Path, layers: int, way: str, what: Recomputed, lo
     return count, alive, graphs
 
 
-@pytest.mark.parametrize(("what", "lora"), [(False, False), ("mlp", True), (True, False)])
+@pytest.mark.parametrize(("what", "lora"), [("mlp", True), *(pytest.param(what, False, marks=pytest.mark.slow) for what in (False, True))])
 def test_weights_are_given_back_after_the_forward(models: Path, what: Recomputed, lora: bool) -> None:
     for count, alive, graphs in run_ranks(step, 2, models, 3, "compiled", what, lora):
         assert count >= 3 * 9 and alive == 0
@@ -104,6 +104,7 @@ def test_a_kept_view_would_be_seen(models: Path) -> None:
         assert alive >= 3 * 7 <= count
 
 
+@pytest.mark.slow
 def test_as_many_graphs_for_more_layers(models: Path) -> None:
     few, many = (run_ranks(step, 2, models, layers, "compiled", False, False) for layers in (2, 6))
     assert [graphs for *_, graphs in few] == [graphs for *_, graphs in many]

@@ -147,8 +147,8 @@ def test_gradient_is_the_same_pairwise(
 # As above, with compiled layers in all models.
 COMPILED = [
     ("ppo", 2, 3, 3, 1, "packed", "chunks", False),
-    ("ppo", 2, 2, 8, 3, "tokens", "logits", "mlp"),
-    ("grpo", 2, 3, 3, 3, "tokens", "one chunk", True),
+    pytest.param("ppo", 2, 2, 8, 3, "tokens", "logits", "mlp", marks=pytest.mark.slow),
+    pytest.param("grpo", 2, 3, 3, 3, "tokens", "one chunk", True, marks=pytest.mark.slow),
     ("dr_grpo", 2, 3, 8, 1, "padded", "chunks", "mlp"),
 ]
 
