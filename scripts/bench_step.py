@@ -335,7 +335,7 @@ def report(
     print(json.dumps({"bench": "phases", "case": case, **phases, **({"busy_share": round(busy, 4)} if busy is not None else {})}), flush=True)
 
 
-if __name__ == "__main__":
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.5B")
     parser.add_argument("--algorithm", choices=("grpo", "ppo"), default="grpo")
@@ -367,4 +367,8 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="one more step under the profiler; its longest kernels")
     parser.add_argument("--local_rank", type=int, default=0, help="given by launchers")
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    main(arguments().parse_args())
