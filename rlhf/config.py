@@ -111,7 +111,7 @@ class ModelConfig(Section):
     compile: bool = Field(
         False,
         description="torch.compile of each decoder layer, from transformers' own operations, in the place of the fused kernels; the first forwards "
-        "take minutes. Needs a C compiler and Triton on a GPU, a C++ compiler without one",
+        "compile. Needs a C compiler and Triton on a GPU, a C++ compiler without one",
     )
     offload: bool | Literal["auto"] = Field(
         False,
