@@ -47,14 +47,17 @@ def test_scores_and_gradients_are_those_of_the_logits(chunk: int, entropy_gradie
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_of_a_frozen_head_are_made_once() -> None:
-    """What a token asks of its hidden state is known in the forward pass, but for a factor: two products with the weight, not three."""
-    w = random(V, H, seed=1)
-    for trained, products in ((False, 2), (True, 4)):
-        x = random(N, H).requires_grad_()
-        with _Products() as counted:
-            score_tokens(x, w.clone().requires_grad_(trained), torch.zeros(N, dtype=torch.int64))[0].sum().backward()
-        assert counted.count == products
+@pytest.mark.parametrize(("trained", "chunk", "products"), [(False, N, 2), (False, 5, 6), (True, N, 3), (True, 5, 11)])
+def test_logits_are_made_no_more_often_than_they_must(trained: bool, chunk: int, products: int) -> None:
+    """Twice for each chunk but the last, once where the weight is frozen; beside them the gradients of hidden states and weight."""
+    x, w = random(N, H).requires_grad_(), random(V, H, seed=1).requires_grad_(trained)
+    with _Products() as counted:
+        total = score_tokens(x, w, torch.zeros(N, dtype=torch.int64), chunk_bytes=chunk * V * 4)[0].sum()
+        total.backward(retain_graph=True)
+    assert counted.count == products and x.grad is not None
+    once = x.grad.clone()
+    total.backward()  # what was kept is gone: made again
+    torch.testing.assert_close(x.grad, 2 * once)
 
 
 class _Products(TorchDispatchMode):

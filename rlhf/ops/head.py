@@ -1,8 +1,9 @@
 """The head's last step without its logits: logprob and entropy of given tokens, forward and backward, a chunk of tokens at a time.
 
 For n tokens and V words there is never an [n, V] tensor: only [CHUNK, V] in the weights' dtype, made once in the forward pass and once more in the
-backward pass (as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, with the library's products). Where
-the head's weight is frozen (LoRA) once is enough: what a token's logprob asks of its hidden state does not depend on the loss but for a factor.
+backward pass (as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, with the library's products). The
+last chunk is kept from one to the other: the head ends the forward and begins the backward pass, and nobody needs the room in between. Where the
+head's weight is frozen (LoRA) once is enough: what a token's logprob asks of its hidden state does not depend on the loss but for a factor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf.ops.fused import tl, triton
 
-CHUNK_BYTES = 1 << 30  # of logits that exist at once
+CHUNK_BYTES = 2 << 30  # of logits that exist at once
 
 
 def score_tokens(
@@ -37,7 +38,7 @@ def score_tokens(
         found: tuple[Tensor, Tensor] = _ScoreTokensFrozen.apply(hidden, weight, tokens, temperature, chunk)  # type: ignore[no-untyped-call]
         return found
     logprobs, entropy = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, tokens, temperature, entropy_gradient, chunk
+        hidden, weight, tokens, temperature, entropy_gradient, chunk, torch.is_grad_enabled()
     )
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
@@ -45,15 +46,18 @@ def score_tokens(
 class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, chunk: int, keep: bool
     ) -> tuple[Tensor, Tensor]:
         n = len(hidden)
         log_z, mean, chosen = (torch.empty(n, device=hidden.device) for _ in range(3))
+        logits: Tensor | None = None
         for start in range(0, n, chunk):
-            part = slice(start, start + chunk)
-            _statistics(F.linear(hidden[part], weight), tokens[part], temperature, log_z[part], mean[part], chosen[part])
+            part, logits = slice(start, start + chunk), None  # given back before the next is made
+            logits = F.linear(hidden[part], weight)
+            _statistics(logits, tokens[part], temperature, log_z[part], mean[part], chosen[part])
         ctx.save_for_backward(hidden, weight, tokens, log_z, mean)
         ctx.temperature, ctx.entropy_gradient, ctx.chunk = temperature, entropy_gradient, chunk
+        ctx.last = logits if keep else None
         return chosen - log_z, log_z - mean
 
     @staticmethod
@@ -63,9 +67,11 @@ class _ScoreTokens(torch.autograd.Function):
         n, chunk = len(hidden), ctx.chunk
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight: Tensor | None = None
-        for start in range(0, n, chunk):
+        logits, ctx.last = ctx.last, None
+        for start in range(0, n, chunk)[::-1]:
             part = slice(start, start + chunk)
-            logits = F.linear(hidden[part], weight)
+            if logits is None:
+                logits = F.linear(hidden[part], weight)
             _gradient(
                 logits, tokens[part], ctx.temperature, log_z[part], mean[part], d_logprobs[part], d_entropy[part] if ctx.entropy_gradient else None
             )
@@ -73,7 +79,8 @@ class _ScoreTokens(torch.autograd.Function):
                 torch.mm(logits, weight, out=d_hidden[part])
             if wants_weight:
                 d_weight = _accumulate(d_weight, logits.t(), hidden[part], n > chunk)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+            logits = None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None, None
 
 
 class _ScoreTokensFrozen(torch.autograd.Function):
@@ -90,6 +97,7 @@ class _ScoreTokensFrozen(torch.autograd.Function):
             _statistics(logits, tokens[part], temperature, log_z[part], mean[part], chosen[part])
             _gradient(logits, tokens[part], temperature, log_z[part], mean[part], one[part], None)
             torch.mm(logits, weight, out=d_hidden[part])
+            del logits  # before the next is made
         ctx.save_for_backward(d_hidden)
         entropy = log_z - mean
         ctx.mark_non_differentiable(entropy)

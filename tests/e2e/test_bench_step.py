@@ -48,3 +48,13 @@ def test_a_step_of_every_kind(options: list[str], phases: set[str]) -> None:
     assert all(spent[phase] > 0 for phase in phases)
     assert {name for name in ("ref", "values", "update_critic") if spent.get(name)} == phases & {"ref", "values", "update_critic"}
     assert 0 < next(line["value"] for line in lines if line.get("bench") == "step" and line["metric"] == "seconds") < 60
+
+
+def test_kernels_beside_torchs() -> None:
+    command = [sys.executable, "scripts/bench_kernels.py", "--shape", "tiny", "--tokens", "64", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = {line["case"]: line for line in map(json.loads, (text for text in done.stdout.splitlines() if text.startswith("{")))}
+    pieces = ("head", "frozen head", "norm", "activation", "rotary")
+    assert all(lines[f"{piece} tiny, {who}"]["value"] > 0 for piece in pieces for who in ("own", "torch"))
+    assert lines["head tiny, own"]["over_products"] > 1
