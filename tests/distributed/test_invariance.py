@@ -146,10 +146,11 @@ def test_gradient_is_the_same_pairwise(
 
 # As above, with compiled layers in all models.
 COMPILED = [
-    ("ppo", 2, 3, 3, 1, "packed", "chunks", False),
+    ("dr_grpo", 2, 3, 8, 1, "packed", "chunks", "mlp"),
+    pytest.param("ppo", 2, 3, 3, 1, "packed", "chunks", False, marks=pytest.mark.slow),
     pytest.param("ppo", 2, 2, 8, 3, "tokens", "logits", "mlp", marks=pytest.mark.slow),
     pytest.param("grpo", 2, 3, 3, 3, "tokens", "one chunk", True, marks=pytest.mark.slow),
-    ("dr_grpo", 2, 3, 8, 1, "padded", "chunks", "mlp"),
+    pytest.param("dr_grpo", 2, 3, 8, 1, "padded", "chunks", "mlp", marks=pytest.mark.slow),
 ]
 
 
