@@ -517,7 +517,7 @@ def test_frozen_models_leave_first_then_states_then_layers_are_computed_again(
 
 def test_a_little_more_memory_than_is_enough_brings_the_states_back(auto: Any) -> None:
     """Between two sizes that need recomputation and nothing at all lies one where offload alone does."""
-    kinds = [(sum(levels_of(found)), sorted(on_host(found))) for found in (chosen(auto(**ALL), gib)[0] for gib in (56, 64, 72))]
+    kinds = [(sum(levels_of(found)), sorted(on_host(found))) for found in (chosen(auto(**ALL), gib)[0] for gib in (52, 64, 72))]
     assert kinds == [(1, ["actor", "reference"]), (0, ["actor", "reference"]), (0, [])]
     fixed = auto(actor={"offload": False}, reference=OFFLOAD)
     assert {name for gib in SIZES for name in on_host(chosen(fixed, gib)[0])} == {"reference"}  # what the recipe says wins
