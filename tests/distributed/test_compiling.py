@@ -83,7 +83,8 @@ def step(world: World, models: Path, layers: int, way: str, what: Recomputed, lo
     return count, alive, graphs
 
 
-@pytest.mark.parametrize(("what", "lora"), [("mlp", True), *(pytest.param(what, False, marks=pytest.mark.slow) for what in (False, True))])
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "lora"), [("mlp", True), (False, False), (True, False)])
 def test_weights_are_given_back_after_the_forward(models: Path, what: Recomputed, lora: bool) -> None:
     for count, alive, graphs in run_ranks(step, 2, models, 3, "compiled", what, lora):
         assert count >= 3 * 9 and alive == 0

@@ -397,7 +397,7 @@ def modes_and_buckets(world: World, folder: Path, stage: int) -> tuple[list[bool
     return seen, bucket, known and {id(p) for _, p in twin.named_parameters()} == own
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_modes_buckets_and_parameters(models: Path, stage: int) -> None:
     """A forward with gradients trains also after a scoring one, or gradient checkpointing would be off; gradients leave in eight buckets; a layer
     knows its parameters."""
