@@ -147,7 +147,7 @@ def pack(lengths: Sequence[int]) -> Packed:
     positions = np.arange(ends[-1]) - (ends - sizes).repeat(sizes)
     boundaries = np.concatenate([[0], ends]).astype(np.int32)
     row = np.arange(len(sizes)).repeat(sizes)
-    return Packed(torch.from_numpy(boundaries), torch.from_numpy(positions), torch.from_numpy(row), sizes.tolist())
+    return Packed(torch.from_numpy(boundaries), torch.from_numpy(positions), torch.from_numpy(row), sizes.tolist(), int(sizes.max()))
 
 
 PADDING = 1.25  # what a group may be padded to, as a multiple of its tokens

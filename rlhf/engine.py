@@ -227,11 +227,8 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     for _ in _bring([(p, adapters[id(p)]) for p in small if _shard(p) is not None], world, Copies()):
         pass
 
-    merging: dict[int, Merge] = {}
-    for i, source in enumerate(layout):
-        rows = _own_rows(source.weight, world)
-        if source.lora_a is not None and rows is not None:
-            merging[i] = functools.partial(source.merge, adapters[id(source.lora_a)], adapters[id(source.lora_b)], rows)
+    own = {i: rows for i, s in enumerate(layout) if s.lora_a is not None and (rows := _own_rows(s.weight, weights[s.name], world)) is not None}
+    merging = {i: functools.partial(layout[i].merge, adapters[id(layout[i].lora_a)], adapters[id(layout[i].lora_b)], rows) for i, rows in own.items()}
     checked = {(turn * CHECKED + i) % len(layout) for i in range(CHECKED)}
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)
     for i in _bring(pairs, world, copies, merging):
@@ -241,8 +238,8 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
                 wrong += _differing(source.weight, view, world, turn)
             continue
         a, b = adapters[id(source.lora_a)], adapters[id(source.lora_b)]
-        rows = _own_rows(source.weight, world) or slice(0, len(view))
-        if i not in merging:
+        rows = own.get(i, slice(0, len(view)))
+        if i not in own:
             if i in checked:
                 wrong += _differing(source.weight, view, world, turn)
             before = view.clone() if i in checked else view
@@ -261,13 +258,14 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     return wrong
 
 
-def _own_rows(weight: nn.Parameter, world: World) -> slice | None:
-    """Which rows of a matrix this rank holds; None where its part does not end with a row."""
+def _own_rows(weight: nn.Parameter, target: Tensor, world: World) -> slice | None:
+    """Which rows of a matrix this rank holds and could send as they are in `target`; None where its part does not end with a row."""
     shard, shape = _shard(weight), _shape(weight)
-    if shard is None:
+    if shard is None or shard.numel() == shape.numel():
         return slice(0, shape[0])
     count, rest = divmod(shard.numel() * shape[0], shape.numel())
-    return None if rest or shard.numel() * world.size != shape.numel() else slice(count * world.rank, count * (world.rank + 1))
+    whole = not rest and shard.numel() * world.size == shape.numel() and shard.dtype == target.dtype
+    return slice(count * world.rank, count * (world.rank + 1)) if whole else None
 
 
 def check_fit(layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> None:

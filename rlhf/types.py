@@ -137,14 +137,11 @@ class Packed:
     positions: Tensor  # [t] int64: 0, 1, 2, ... in every sequence
     row: Tensor  # [t] int64: which sequence
     lengths: list[int]
+    longest: int  # beside the lengths: a compiled layer that looked at a list would be compiled again for every other
     groups: list[Group] | None = None  # `batching.in_groups`, once somebody has asked
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
     def to(self, device: torch.device) -> Packed:
-        return Packed(upload(self.boundaries, device), upload(self.positions, device), upload(self.row, device), self.lengths)
+        return Packed(upload(self.boundaries, device), upload(self.positions, device), upload(self.row, device), self.lengths, self.longest)
 
 
 @dataclass

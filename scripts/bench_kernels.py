@@ -51,7 +51,10 @@ def liger(module: str, name: str) -> Any:
 def norm(shape: Shape, tokens: int) -> dict[str, Contender]:
     x, weight = values(1, tokens, shape.hidden), values(shape.hidden)
     module = LlamaRMSNorm(shape.hidden, 1e-6).to(DEVICE, DTYPE)
-    found: dict[str, Contender] = {"own": (lambda x, w: rms_norm(x, w, 1e-6), [x, weight]), "torch": (module, [x])}
+    found: dict[str, Contender] = {
+        "own": (lambda x, w: rms_norm(x, w, 1e-6), [x, weight]),
+        "torch": (lambda x, w: torch.func.functional_call(module, {"weight": w}, (x,)), [x, weight]),
+    }
     if function := liger("rms_norm", "LigerRMSNormFunction"):
         found["liger"] = (lambda x, w: function.apply(x, w, 1e-6, 0.0, "llama", False), [x, weight])
     return found

@@ -105,27 +105,27 @@ class _Together:
         if any(layer._forward_pre_hooks for layer in self._layers):  # each may be given an input of its own (ZeRO-3, gathering by modules)
             return
         found = [f for layer in self._layers if (f := _plain(layer, x)) is not None]
-        if len(found) < len(self._layers) or len({(p.scale, p.a.shape) for p, _ in found}) > 1 or len({b is None for _, b in found}) > 1:
+        if len(found) < len(self._layers) or len({(p.scale, p.a.shape, p.bias is None) for p in found}) > 1:
             return
-        biases = [b for _, b in found if b is not None]
-        weights = [t for p, _ in found for t in (p.weight, p.a, p.b)]
-        bias = torch.cat(biases) if biases else None
-        outputs = _LoraTogether.apply(x, found[0][0].scale, bias, *weights)  # type: ignore[no-untyped-call]
+        biases = [p.bias for p in found if p.bias is not None]
+        weights = [t for p in found for t in (p.weight, p.a, p.b)]
+        outputs = _LoraTogether.apply(x, found[0].scale, torch.cat(biases) if biases else None, *weights)  # type: ignore[no-untyped-call]
         self._input, self._outputs = x, list(outputs)
 
 
 @dataclass(frozen=True)
 class _Plain:
-    """A linear layer without bias whose weight is at hand, and its one adapter, switched on."""
+    """A linear layer whose weight is at hand, and its one adapter, switched on."""
 
     weight: Tensor
+    bias: Tensor | None
     a: Tensor
     b: Tensor
     scale: float
 
 
-def _plain(layer: Any, x: Tensor) -> tuple[_Plain, Tensor | None] | None:
-    """The layer's tensors and bias where products alone compute it: one plain adapter, switched on, in the dtype of its input. Under ZeRO-3 the
+def _plain(layer: Any, x: Tensor) -> _Plain | None:
+    """The layer's tensors where products alone compute it: one plain adapter, switched on, in the dtype of its input. Under ZeRO-3 the
     weights are there, because a decoder layer is gathered as a whole, or because DeepSpeed gathers a weight that somebody asks a module for."""
     if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
         return None
@@ -138,7 +138,7 @@ def _plain(layer: Any, x: Tensor) -> tuple[_Plain, Tensor | None] | None:
     whole = (base.weight.shape, a.shape[1], b.shape[0]) == ((base.out_features, base.in_features), base.in_features, base.out_features)
     if not whole or layer.fan_in_fan_out or x.dtype != a.dtype or not isinstance(layer.lora_dropout[name], nn.Identity):
         return None
-    return _Plain(base.weight, a, b, layer.scaling[name]), base.bias
+    return _Plain(base.weight, base.bias, a, b, layer.scaling[name])
 
 
 def _adapted(layer: Any, x: Tensor, *args: Any, together: _Together | None = None, **options: Any) -> Tensor:
@@ -151,15 +151,14 @@ def _adapted(layer: Any, x: Tensor, *args: Any, together: _Together | None = Non
     if found is None:
         out: Tensor = LoraLinear.forward(layer, x, *args, **options)
         return out
-    p, bias = found
-    out = _LoraProduct.apply(x, p.weight, bias, p.a, p.b, p.scale)  # type: ignore[no-untyped-call]
+    out = _LoraProduct.apply(x, found.weight, found.bias, found.a, found.b, found.scale)  # type: ignore[no-untyped-call]
     return out
 
 
 def _adapted_mlp(module: Any, x: Tensor) -> Tensor:
     """A gated MLP with an adapter on each projection in few large products, where they are all plain; else as without adapters."""
     found = [_plain(getattr(module, name), x) for name in ("gate_proj", "up_proj", "down_proj")]
-    layers = [f[0] for f in found if f is not None and f[1] is None]
+    layers = [f for f in found if f is not None and f.bias is None]
     if len(layers) < 3 or layers[0].scale != layers[1].scale or layers[0].a.shape != layers[1].a.shape:
         return gated_mlp(module, x)
     gate, up, down = layers
@@ -434,7 +433,7 @@ class WeightSource:
         A half-precision weight takes float32 adapters as two halves each (Markidis et al. 2018, arXiv:1803.04014: hi hi + hi lo + lo hi), so that the
         tensor cores multiply them, and what is lost is far below the one rounding.
         """
-        if weight.dtype == torch.bfloat16:
+        if weight.dtype == out.dtype == torch.bfloat16:
             if a.dtype == torch.float32:
                 a_high, b_high = a.bfloat16(), b.bfloat16()
                 a = torch.cat((a_high, a_high, (a - a_high).bfloat16()))

@@ -92,6 +92,23 @@ def test_trap_21_merged_where_shards_end_inside_a_row(models: Path) -> None:
     assert all(found == (True, True, "") for found in run_ranks(take_over, 3, models, "llama", 3, True, ""))
 
 
+def in_bfloat16(world: World, models: Path) -> tuple[int, float]:
+    engine = causal_engine(world, models / "llama", 3, lora=True, learning_rate=0.5)
+    train(engine, world, 1)
+    layout = weight_layout(engine.module)
+    expected = {name: tensor.clone() for name, tensor in engine.full_tensors(layout)}
+    weights = {name: torch.empty_like(tensor, dtype=torch.bfloat16) for name, tensor in expected.items()}
+    wrong = int(engine.gather_into(layout, weights))
+    return wrong, max(float((weights[n].float() - t).norm() / t.norm()) for n, t in expected.items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trap_21_merged_into_another_dtype(models: Path, ranks: int) -> None:
+    """trap 21: a shard that cannot leave as it is is merged all the same."""
+    for wrong, distance in run_ranks(in_bfloat16, ranks, models):
+        assert wrong == 0 and distance < 0.005
+
+
 def test_trap_21_a_wrong_element_stops_the_rollout(models: Path) -> None:
     """trap 21: what arrived is compared with the shard that a rank holds itself."""
     messages = [message for _, _, message in run_ranks(take_over, 2, models, "llama", 3, False, "shards")]
