@@ -462,6 +462,9 @@ class FrozenEngine:
         self._forward: Callable[..., Any] = module
         if zero_stage(settings) == 3:
             fetch_by_layer(module)
+            settings = settings | {
+                "zero_optimization": {"stage3_param_persistence_threshold": kept_whole(module, world.size)} | settings["zero_optimization"]
+            }
             engine, *_ = deepspeed.initialize(model=module, config=settings)
             engine.eval()
             self._forward = engine
@@ -527,12 +530,18 @@ class TrainEngine:
         zero = settings["zero_optimization"] = dict(settings["zero_optimization"])
         if self.stage == 3:
             fetch_by_layer(module)
-            zero.setdefault("stage3_param_persistence_threshold", kept_whole(module))
+            zero.setdefault("stage3_param_persistence_threshold", kept_whole(module, world.size))
+            zero.setdefault("contiguous_gradients", False)  # the reduce-scatter makes a contiguous copy of its own
         zero.setdefault("reduce_bucket_size", bucket_size(sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
         )
         self.module: nn.Module = self._engine.module
+        if self.stage == 3 and world.size == 1:
+            # After a step DeepSpeed would copy all that stays whole to new memory; the next forward takes the shards themselves, which are whole.
+            self._engine.optimizer.persistent_parameters.clear()
+        modules = list(self.module.modules())
+        self.module.modules = lambda: iter(modules)  # type: ignore[method-assign]  # DeepSpeed walks through all of them twice in every forward
         seed_everything(seed, world.rank)
         self._untouched: set[str] = set()
         self._window_open = False

@@ -380,9 +380,12 @@ def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
     return wrapped
 
 
-def kept_whole(module: nn.Module) -> int:
+def kept_whole(module: nn.Module, ranks: int) -> int:
     """Elements up to which ZeRO-3 keeps a parameter on every rank where the DeepSpeed JSON does not say: DeepSpeed's own 100,000, and adapters, which
-    are small and many: gathered one by one, the 392 of a 7B model take longer than their bytes. Base weights as small stay whole too."""
+    are small and many: gathered one by one, the 392 of a 7B model take longer than their bytes. Base weights as small stay whole too. A single rank
+    holds all there is of every parameter."""
+    if ranks == 1:
+        return 1 << 62
     return max([100_000, *(p.numel() for name, p in module.named_parameters() if ".lora_" in name)])
 
 

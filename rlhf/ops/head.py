@@ -2,8 +2,9 @@
 
 For n tokens and V words there is never an [n, V] tensor: only [CHUNK, V] in the weights' dtype, made once in the forward pass and once more in the
 backward pass (as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, with the library's products). The
-last chunk is kept from one to the other: the head ends the forward and begins the backward pass, and nobody needs the room in between. Where the
-head's weight is frozen (LoRA) once is enough: what a token's logprob asks of its hidden state does not depend on the loss but for a factor.
+last chunk is kept from one to the other: the head ends the forward and begins the backward pass, and nobody needs the room in between; the first is
+what remains, so that the last is a whole one. Where the head's weight is frozen (LoRA) once is enough: what a token's logprob asks of its hidden
+state does not depend on the loss but for a factor.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class _ScoreTokens(torch.autograd.Function):
         n = len(hidden)
         log_z, mean, chosen = (torch.empty(n, device=hidden.device) for _ in range(3))
         logits: Tensor | None = None
-        for start in range(0, n, chunk):
-            part, logits = slice(start, start + chunk), None  # given back before the next is made
+        for part in _chunks(n, chunk):
+            logits = None  # given back before the next is made
             logits = F.linear(hidden[part], weight)
             _statistics(logits, tokens[part], temperature, log_z[part], mean[part], chosen[part])
         ctx.save_for_backward(hidden, weight, tokens, log_z, mean)
@@ -68,8 +69,7 @@ class _ScoreTokens(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight: Tensor | None = None
         logits, ctx.last = ctx.last, None
-        for start in range(0, n, chunk)[::-1]:
-            part = slice(start, start + chunk)
+        for part in _chunks(n, chunk)[::-1]:
             if logits is None:
                 logits = F.linear(hidden[part], weight)
             _gradient(
@@ -91,8 +91,7 @@ class _ScoreTokensFrozen(torch.autograd.Function):
         n = len(hidden)
         log_z, mean, chosen = (torch.empty(n, device=hidden.device) for _ in range(3))
         d_hidden, one = torch.empty_like(hidden), torch.ones(n, device=hidden.device)
-        for start in range(0, n, chunk):
-            part = slice(start, start + chunk)
+        for part in _chunks(n, chunk):
             logits = F.linear(hidden[part], weight)
             _statistics(logits, tokens[part], temperature, log_z[part], mean[part], chosen[part])
             _gradient(logits, tokens[part], temperature, log_z[part], mean[part], one[part], None)
@@ -108,6 +107,11 @@ class _ScoreTokensFrozen(torch.autograd.Function):
     def backward(ctx: Any, d_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden,) = ctx.saved_tensors
         return (d_hidden * d_logprobs[:, None]).to(d_hidden.dtype), None, None, None, None
+
+
+def _chunks(n: int, chunk: int) -> list[slice]:
+    """Of n tokens: what remains, then whole chunks."""
+    return [slice(max(0, end - chunk), end) for end in range(n, 0, -chunk)][::-1]
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, wide: bool) -> Tensor:
