@@ -242,7 +242,6 @@ def init_world(threads: int | None = None, init_method: str | None = None) -> Wo
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("LOCAL_SIZE", str(local_size))  # as its launcher does: else DeepSpeed starts a process that counts, at every reduction
     # A fixed thread count: the number of threads decides the order of sums, hence bits.
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     # DeepSpeed takes LOCAL_RANK for the device: where every rank sees only its own GPU (srun --gpus-per-task=1), that is 0.

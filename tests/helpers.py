@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
+import functools
 import json
 import multiprocessing
 import os
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +37,7 @@ from rlhf.rollout.loop import Outputs, draw_tokens
 from rlhf.types import Prompt, Rollout, Sampling, Scores
 
 VOCABULARY = 50
+CPU_Accelerator.device_count = functools.cache(CPU_Accelerator.device_count)  # without its launcher: a process that counts, at every reduction
 SGD: dict[str, Any] = {"optimizer": {"type": "SGD", "params": {}}, "zero_allow_untested_optimizer": True}  # at the rate of the recipe
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -200,6 +204,7 @@ def _rank_main(rank: int, size: int, folder: str, fn: Callable[..., Any], args: 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1")
     os.setpgid(0, 0)
     code = 0
+    faulthandler.enable(open(f"{folder}/crash-{rank}", "w"))  # noqa: SIM115  as long as the process lives
     try:
         world = init_world(1, init_method=f"file://{folder}/store")
         torch.save(fn(world, *args), f"{folder}/result-{rank}")
@@ -240,7 +245,8 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 90
         for process in ranks:
             process.join()
         reports = [f"rank {path.name.split('-')[1]}:\n{path.read_text()}" for path in sorted(Path(folder).glob("failure-*"))]
-        reports += [f"rank {r} ended with {p.exitcode}, no traceback" for r, p in enumerate(ranks) if p.exitcode and p.exitcode > 1]
+        crashed = [r for r, p in enumerate(ranks) if p.exitcode not in (0, 1) and r not in late]
+        reports += [f"rank {r} ended with {ranks[r].exitcode}:\n{Path(folder, f'crash-{r}').read_text()}" for r in crashed]
         if late and not failed_at:
             reports.append(f"ranks {late} had not ended after {timeout:.0f} s")
         if reports or late:
