@@ -113,7 +113,7 @@ def write_budget(run_dir: Path, rank: int, key: str, value: Any) -> None:
 MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
 ENOUGH = (4_096, 8_192)  # tokens from which on a forward is efficient; fewer are worth a recomputation. The more the smaller a layer is:
 HIDES_HOST = 5e11  # multiply-adds of a layer's forward, 2 ms on an H100, beside which what it costs the host is believed to be hidden
-MOST = 32_768  # tokens above which nothing is gained
+MOST = 49_152  # the most that was measured: a 0.5B model with LoRA is 27 % faster than with 32,768
 WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "gradient_checkpointing": False, "offload": False}
 LEVELS: tuple[Recomputed, ...] = (False, "mlp", True)  # by what they cost
 WORTH_SENDING = 0.25 * GIB  # less is not offloaded
@@ -239,7 +239,7 @@ def choose(
     if not tokens:
         return found, _line(found, f"{why}, though nothing smaller can be chosen: it may run out of memory")
     if TOKENS in keys and tokens == most:
-        why += ", and larger forwards would not be faster" if most == MOST else ", and larger forwards have no rows to take"
+        why += ", and larger forwards are not known to be faster" if most == MOST else ", and larger forwards have no rows to take"
     if others := [(count, other.cost, _named(recomputed, movable, other)) for count, other in passed if other.cost < choice.cost]:
         why += f"; {f'at most {max(others)[0]}' if max(others)[0] else 'no'} tokens fit with {max(others)[2]}"
     return found, _line(found, f"{why} (rows of at most {longest} tokens)")

@@ -223,9 +223,10 @@ def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], worl
     copies.start()
     pairs = [(s.weight, weights[s.name]) for s in layout]
     small = [p for s in layout if s.lora_a is not None for p in s.parameters[1:]]
-    adapters = {id(p): p.detach() if _shard(p) is None else torch.empty(_shape(p), dtype=p.dtype, device=world.device) for p in small}
-    for _ in _bring([(p, adapters[id(p)]) for p in small if _shard(p) is not None], world, Copies()):
-        pass
+    adapters = {id(p): whole for p in small if (whole := _whole(p, world)) is not None}
+    away = [(p, torch.empty(_shape(p), dtype=p.dtype, device=world.device)) for p in small if id(p) not in adapters]
+    for i in _bring(away, world, Copies()):
+        adapters[id(away[i][0])] = away[i][1]
 
     own = {i: rows for i, s in enumerate(layout) if s.lora_a is not None and (rows := _own_rows(s.weight, weights[s.name], world)) is not None}
     merging = {i: functools.partial(layout[i].merge, adapters[id(layout[i].lora_a)], adapters[id(layout[i].lora_b)], rows) for i, rows in own.items()}
@@ -298,6 +299,14 @@ def _held(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter."""
     shard = _shard(parameter)
     return parameter.detach() if shard is None else shard
+
+
+def _whole(parameter: nn.Parameter, world: World) -> Tensor | None:
+    """A parameter of which this rank holds everything."""
+    shard, shape = _shard(parameter), _shape(parameter)
+    if shard is None:
+        return parameter.detach()
+    return shard.to(world.device).view(shape) if world.size == 1 and shard.numel() == shape.numel() else None
 
 
 def _bring(
