@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,10 +160,16 @@ def _clear_abandoned_builds() -> None:
     start would wait for it for ever, without a word. A builder keeps its lock file open, so one that nobody has open is abandoned."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root()
     for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
-        path = os.path.realpath(lock)
-        if not any(path in _open_files(process) for process in psutil.process_iter()):
-            logger.warning("%s: left behind by a killed process, removed", lock)
-            lock.unlink(missing_ok=True)
+        if _nobody_has_open(lock):
+            time.sleep(0.2)  # a builder that is done closes its lock file, and then removes it
+            if lock.exists() and _nobody_has_open(lock):
+                logger.warning("%s: left behind by a killed process, removed", lock)
+                lock.unlink(missing_ok=True)
+
+
+def _nobody_has_open(file: Path) -> bool:
+    path = os.path.realpath(file)
+    return not any(path in _open_files(process) for process in psutil.process_iter())
 
 
 def _unlink_shared_buffer(world: World) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import ROOT, LoraConfig, RewardComponentConfig, parse_config, role_settings
 from rlhf.distributed import World
+from rlhf.engine import _clear_abandoned_builds
 from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import add_adapters
 from rlhf.preflight import check
@@ -242,3 +243,18 @@ def test_a_bfloat16_head_keeps_more_than_eight_bits(models: Path) -> None:
     ids = torch.arange(12)[None]
     scores = model(ids, ids)
     assert scores.dtype == torch.float32 and bool((scores != scores.bfloat16().float()).any())
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_only_an_abandoned_lock_is_removed(abandoned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder that is done closes its lock file before it removes it, and another may take it at once."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    taken: list[Any] = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("rlhf.engine.time.sleep", lambda _: None if abandoned else taken.append(lock.open()))
+    _clear_abandoned_builds()
+    assert lock.exists() != abandoned
+    for file in taken:
+        file.close()
