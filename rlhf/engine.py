@@ -553,9 +553,6 @@ class TrainEngine:
             model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
         )
         self.module: nn.Module = self._engine.module
-        if self.stage == 3 and world.size == 1:
-            # After a step DeepSpeed would copy all that stays whole to new memory; the next forward takes the shards themselves, which are whole.
-            self._engine.optimizer.persistent_parameters.clear()
         modules = list(self.module.modules())
         self.module.modules = lambda: iter(modules)  # type: ignore[method-assign]  # DeepSpeed walks through all of them twice in every forward
         seed_everything(seed, world.rank)

@@ -352,6 +352,38 @@ def test_adapters_are_on_every_rank(models: Path) -> None:
     run_ranks(held_adapters, 2, models / "llama")
 
 
+def alone(world: World, model: Path, folder: Path, dtype: str) -> None:
+    def engine_of(block: Any) -> TrainEngine:
+        config = TrainedModelConfig(path=model, dtype=dtype, learning_rate=0.01, max_grad_norm=0)
+        resolved = resolve_deepspeed(block, dtype=dtype, trained=True, micro_batch=1, world_size=1, on_gpu=False)
+        module = load_causal_lm(config, "actor", loading_context(resolved, world), world, getattr(torch, dtype))
+        return TrainEngine(module, config, resolved, world, 10, 0, "actor")
+
+    whole, sharded = engine_of(str(ROOT / "ds_configs/zero3.json")), engine_of(deepspeed_block(3, False))
+    train(whole, world, 3), train(sharded, world, 3)
+    assert max(p.numel() for p in whole.module.parameters()) > 100_000  # what DeepSpeed would keep by itself
+    assert [name for name, t in weights(whole).items() if not torch.equal(t, weights(sharded)[name])] == []
+    for engine, stay in ((whole, True), (sharded, False)):
+        engine.backward(forward(engine).sum(), 1.0)
+        assert {p.ds_status == ZeroParamStatus.AVAILABLE for p in engine.module.parameters()} == {stay}
+    assert all(p.data_ptr() == p.ds_tensor.data_ptr() for p in whole.module.parameters())  # not a copy
+    whole.step()
+    whole.save(folder)
+    train(whole, world, 1)
+    again = engine_of(str(ROOT / "ds_configs/zero3.json"))
+    again.load(folder)
+    train(again, world, 1)
+    assert [name for name, t in weights(whole).items() if not torch.equal(t, weights(again)[name])] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_rank_gathers_nothing_under_zero_3(models: Path, tmp_path: Path, dtype: str) -> None:
+    """The same bits as gathering and releasing what is there, no second copy of the weights, and a checkpoint that goes on with the same bits."""
+    config = AutoConfig.from_pretrained(models / "llama", hidden_size=256, intermediate_size=512)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    run_ranks(alone, 1, tmp_path / "model", tmp_path, dtype)
+
+
 # ---- what the host is spared
 
 
