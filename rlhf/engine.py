@@ -468,6 +468,10 @@ def _named_parameters(
     return iter(found)
 
 
+def _modules(root: nn.Module, found: list[nn.Module], remove_duplicate: bool = True) -> Iterator[nn.Module]:
+    return iter(found) if remove_duplicate else (module for _, module in root.named_modules(remove_duplicate=False))
+
+
 class FrozenEngine:
     """A model that only computes: partitioned under ZeRO-3, else whole on the device. offload: in host memory from `release` to the next call."""
 
@@ -478,9 +482,9 @@ class FrozenEngine:
         self._forward: Callable[..., Any] = module
         if zero_stage(settings) == 3:
             fetch_by_layer(module)
-            settings = settings | {
-                "zero_optimization": {"stage3_param_persistence_threshold": kept_whole(module, world.size)} | settings["zero_optimization"]
-            }
+            zero = settings["zero_optimization"]
+            whole = {"stage3_param_persistence_threshold": kept_whole(module, world.size, zero)}
+            settings = settings | {"zero_optimization": whole | zero}
             engine, *_ = deepspeed.initialize(model=module, config=settings)
             engine.eval()
             self._forward = engine
@@ -546,15 +550,16 @@ class TrainEngine:
         zero = settings["zero_optimization"] = dict(settings["zero_optimization"])
         if self.stage == 3:
             fetch_by_layer(module)
-            zero.setdefault("stage3_param_persistence_threshold", kept_whole(module, world.size))
-            zero.setdefault("contiguous_gradients", False)  # the reduce-scatter makes a contiguous copy of its own
+            zero.setdefault("stage3_param_persistence_threshold", kept_whole(module, world.size, zero))
+            if zero.get("reduce_scatter", True):
+                zero.setdefault("contiguous_gradients", False)  # gradients that are reduced together are put together for that anyway
         zero.setdefault("reduce_bucket_size", bucket_size(sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
         )
         self.module: nn.Module = self._engine.module
-        modules = list(self.module.modules())
-        self.module.modules = lambda: iter(modules)  # type: ignore[method-assign]  # DeepSpeed walks through all of them twice in every forward
+        # DeepSpeed walks through all modules twice in every forward.
+        self.module.modules = functools.partial(_modules, self.module, list(self.module.modules()))  # type: ignore[method-assign]
         seed_everything(seed, world.rank)
         self._untouched: set[str] = set()
         self._window_open = False

@@ -198,7 +198,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     module = blank_model(role, architecture, scalar, torch.bfloat16 if size == 2 else torch.float32)
     parameters = list(module.parameters())
     shares, whole = ranks if stage == 3 else 1, sum(p.numel() for p in parameters)
-    threshold = int(zero.get("stage3_param_persistence_threshold", kept_whole(module, ranks)))
+    threshold = int(zero.get("stage3_param_persistence_threshold", kept_whole(module, ranks, zero)))
     small = sum(p.numel() for p in parameters if p.numel() <= threshold) if shares > 1 else 0
     base = sum(p.numel() for p in parameters if not (trained and p.requires_grad)) if shares_base(role) else 0
     learns = [p.numel() for p in parameters if p.requires_grad] if trained else []

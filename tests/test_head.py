@@ -16,7 +16,7 @@ from rlhf.batching import MicroBatchPlan, collate
 from rlhf.models.forward import response_logprobs
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head
-from rlhf.ops.head import _gradient, _statistics, score_tokens
+from rlhf.ops.head import _chunks, _gradient, _statistics, score_tokens
 from rlhf.ops.logprobs import token_logprobs
 from tests.interpreter import interpreted
 
@@ -58,6 +58,11 @@ def test_logits_are_made_no_more_often_than_they_must(trained: bool, chunk: int,
     once = x.grad.clone()
     total.backward()  # what was kept is gone: made again
     torch.testing.assert_close(x.grad, 2 * once)
+
+
+def test_the_last_chunk_is_a_whole_one() -> None:
+    """It is the one that need not be made again."""
+    assert _chunks(10, 4) == [slice(0, 2), slice(2, 6), slice(6, 10)] and _chunks(3, 4) == [slice(0, 3)]
 
 
 class _Products(TorchDispatchMode):

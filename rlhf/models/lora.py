@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -380,11 +380,11 @@ def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
     return wrapped
 
 
-def kept_whole(module: nn.Module, ranks: int) -> int:
+def kept_whole(module: nn.Module, ranks: int, zero: Mapping[str, Any]) -> int:
     """Elements up to which ZeRO-3 keeps a parameter on every rank where the DeepSpeed JSON does not say: DeepSpeed's own 100,000, and adapters, which
     are small and many: gathered one by one, the 392 of a 7B model take longer than their bytes. Base weights as small stay whole too. A single rank
-    holds all there is of every parameter."""
-    if ranks == 1:
+    holds all there is of every parameter, unless `offload_param` sends it to the host. zero: the JSON's `zero_optimization`."""
+    if ranks == 1 and (zero.get("offload_param") or {}).get("device", "none") == "none":
         return 1 << 62
     return max([100_000, *(p.numel() for name, p in module.named_parameters() if ".lora_" in name)])
 

@@ -35,7 +35,7 @@ from rlhf.experience import gather_rollout
 from rlhf.models.checkpointing import decoder_layers
 from rlhf.models.export import export_model
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.lora import adapters_off, add_adapters, weight_layout
+from rlhf.models.lora import adapters_off, add_adapters, kept_whole, weight_layout
 from rlhf.rewards import RewardModel
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.trainers import rl as rl_module
@@ -359,7 +359,10 @@ def alone(world: World, model: Path, folder: Path, dtype: str) -> None:
         module = load_causal_lm(config, "actor", loading_context(resolved, world), world, getattr(torch, dtype))
         return TrainEngine(module, config, resolved, world, 10, 0, "actor")
 
-    whole, sharded = engine_of(str(ROOT / "ds_configs/zero3.json")), engine_of(deepspeed_block(3, False))
+    block = deepspeed_block(3, False)
+    block["zero_optimization"]["contiguous_gradients"] = True
+    whole, sharded = engine_of(str(ROOT / "ds_configs/zero3.json")), engine_of(block)
+    assert kept_whole(whole.module, 1, {"offload_param": {"device": "cpu"}}) == 100_000  # not all of it on the device
     train(whole, world, 3), train(sharded, world, 3)
     assert max(p.numel() for p in whole.module.parameters()) > 100_000  # what DeepSpeed would keep by itself
     assert [name for name, t in weights(whole).items() if not torch.equal(t, weights(sharded)[name])] == []
