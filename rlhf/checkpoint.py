@@ -1,7 +1,7 @@
 """Checkpoints: everything that decides the next token, complete or not there at all.
 
     checkpoints/latest, best     links
-    checkpoints/checkpoint-100/  actor/ critic/    weights and optimizer, as DeepSpeed writes them
+    checkpoints/checkpoint-100/  actor/ critic/    trained weights and optimizer states (`state`)
                                  rng/              generators of every rank
                                  trainer_state.json  step, sampler, KL coefficient, best metric, ...
                                  hf/ adapter/      what other programs load
@@ -119,10 +119,10 @@ class Checkpoints:
     def load(self, folder: Path, engines: Mapping[str, Saved]) -> dict[str, Any]:
         """Restore engines and generators, give back the trainer's state. (collective)"""
         state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
-        if state["world_size"] != self.world.size:
-            raise ValueError(f"{folder}: written by {state['world_size']} ranks, now there are {self.world.size}: resume with the same number")
         for name, engine in engines.items():
             engine.load(folder / name)
+        if state["world_size"] != self.world.size:  # the generators of other ranks: dropout goes on with those that this start has seeded
+            return state
         rng = load_file(folder / "rng" / f"rank-{self.world.rank}.safetensors")
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and torch.cuda.is_available():

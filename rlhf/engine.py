@@ -36,6 +36,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Zero
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from rlhf import state
 from rlhf.config import TrainedModelConfig, bucket_size
 from rlhf.distributed import World
 from rlhf.models.loading import Placement, weighted_bits
@@ -685,19 +686,38 @@ class TrainEngine:
             return {name: p.detach().cpu().clone() for name, p in parameters.items()}
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizer and step counters under `folder`. (collective)"""
+        """Trained weights, optimizer states and the count of steps into `folder`: each rank its own part (see `state`)."""
+        folder.mkdir(parents=True, exist_ok=True)
         with self._states_at_hand():
-            self._engine.save_checkpoint(
-                str(folder), tag="state", client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False, exclude_frozen_parameters=True
-            )
+            parts = self._parts()
+            replicated = self.stage == 0 and not self.world.is_main
+            state.write(folder, [] if replicated else parts, self._torch_optimizer, self.world.rank, {"optimizer_steps": self.optimizer_steps})
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, with the same ranks and ZeRO stage. (collective)"""
-        with self._states_at_hand():
-            path, client = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
-        self.optimizer_steps = int(client["optimizer_steps"])
+        """What `save` wrote, with any number of ranks and any ZeRO stage. ValueError where it is of another model. (collective)"""
+        zero = self._engine.optimizer
+        if self.stage == 3:
+            zero.checkpoint_event_prologue()
+        with self._states_at_hand(), torch.no_grad():
+            facts = state.read(folder, self._parts(), list(self._trainable), self._torch_optimizer)
+            if self.stage == 3:
+                for weights, masters in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+                    if weights.data_ptr() != masters.data_ptr():
+                        weights.copy_(masters)
+            elif self.stage:
+                zero.update_lp_params()
+        if self.stage == 3:
+            zero.checkpoint_event_epilogue()
+        self.optimizer_steps = int(facts["optimizer_steps"])
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        zero: Any = self._engine.optimizer
+        found: torch.optim.Optimizer = getattr(zero, "optimizer", zero)
+        return found
+
+    def _parts(self) -> list[state.Part]:
+        return state.parts_of(self._engine.optimizer, self._torch_optimizer, self._trainable, self.world.rank)
 
 
 @contextlib.contextmanager

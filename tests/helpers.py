@@ -6,6 +6,7 @@ import copy
 import faulthandler
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -252,3 +254,18 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 90
         if reports or late:
             raise AssertionError("\n\n".join(reports) or f"ranks {late} were killed")
         return [torch.load(f"{folder}/result-{rank}", weights_only=False) for rank in range(size)]
+
+
+def saved_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """(every tensor of every trained parameter, "KIND/NAME", put together from what all ranks wrote; the scalars beside them) of one engine."""
+    found: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    scalars: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found_here = json.loads(file.metadata()["state"])
+            ranges, scalars = found_here["parts"], scalars | found_here["scalars"]
+            for key in file.keys():  # noqa: SIM118
+                start, count, shapes[key] = ranges[key.split("/", 1)[1]]
+                found.setdefault(key, torch.full((math.prod(shapes[key]),), math.nan))[start : start + count] = file.get_tensor(key)
+    return {key: tensor.view(shapes[key]) for key, tensor in found.items()}, scalars

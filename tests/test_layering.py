@@ -20,6 +20,7 @@ LAYERS = {
     "rlhf.data": 2,
     "rlhf.models": 2,
     "rlhf.offload": 2,
+    "rlhf.state": 2,
     "rlhf.engine": 3,
     "rlhf.rollout": 3,
     "rlhf.rewards": 3,

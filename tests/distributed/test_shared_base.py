@@ -24,7 +24,7 @@ from rlhf.rewards import RewardModel
 from rlhf.trainers.rl import Models, learn
 from rlhf.trainers.run import Run
 from tests.distributed.steps import open_models
-from tests.helpers import make_rollout, make_scores, rl_config, run_ranks, single_world, tiny_tokenizer
+from tests.helpers import make_rollout, make_scores, rl_config, run_ranks, saved_state, single_world, tiny_tokenizer
 
 ROLLOUT = make_rollout([4, 4, 9, 9, 2, 2, 5, 3], [3, 8, 5, 7, 4, 6, 1, 2], window=8)
 SCORES = make_scores([0.3, -1.0, 0.5, 2.0, -0.2, 1.0, 0.1, 0.7])
@@ -218,9 +218,8 @@ def two_steps(world: World, models: Path, reward: Path, stage: int, folder: Path
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
-    """What DeepSpeed saved of a module, but for the second name of a tied weight: it leaves frozen ones out by one name only."""
-    state = torch.load(folder / "state" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
-    return {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
+    """What was kept of an engine's weights."""
+    return {key.removeprefix("weight/"): tensor for key, tensor in saved_state(folder)[0].items() if key.startswith("weight/")}
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2)])

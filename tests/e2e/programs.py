@@ -232,23 +232,7 @@ def weight_hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def engine_hashes(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every tensor in DeepSpeed's own files: master weights, moments and step counts of all trained models and ranks."""
-    import torch
-
-    found: dict[str, str] = {}
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = hashlib.sha256(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{name}/{key}", item)
-        elif isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                walk(f"{name}/{i}", item)
-
-    files = sorted(checkpoint.glob("*/state/*.pt"))
+    """SHA-256 of every file with master weights, moments and step counts, of all trained models and ranks."""
+    files = sorted(checkpoint.glob("*/rank-*-*.safetensors"))
     assert files, checkpoint
-    for file in files:
-        walk(str(file.relative_to(checkpoint)), torch.load(file, weights_only=False, map_location="cpu"))
-    return found
+    return {str(f.relative_to(checkpoint)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}

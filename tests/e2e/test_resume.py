@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Finished, Ground, grpo_recipe, ppo_recipe, sft_recipe
-from tests.e2e.programs import Program, checkpoints, engine_hashes, metrics, run, sample_files, steps, succeed, weight_hashes
+from tests.e2e.programs import Program, checkpoints, engine_hashes, metrics, run, sample_files, samples, steps, succeed, weight_hashes
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -88,15 +88,27 @@ def test_ppo_killed_after_step_3(ppo: Finished, ground: Ground) -> None:
     assert_same_end(ppo.run_dir, run_dir, after=reached - 1)
 
 
+def test_ppo_goes_on_with_one_rank_and_zero_2(ppo: Finished, ground: Ground) -> None:
+    """From two ranks under ZeRO-3: the same weights, so the same next samples; what follows may round otherwise."""
+    run_dir = stopped_after(ppo, ground, 5)
+    outcome = succeed(ppo.recipe, f"run_dir={run_dir}", "deepspeed=ds_configs/zero2.json", "train.steps=7", launcher="python", env=ground.env)
+    assert "resumed from" in outcome.out
+    expected, found = ([(row["prompt"], row["completion"]) for row in samples(folder, 6)] for folder in (ppo.run_dir, run_dir))
+    assert found == expected
+    assert checkpoints(run_dir)[-1] == 7 and steps(run_dir)[-1] == 7
+    state_before, state_after = (json.loads((d / "checkpoints/checkpoint-6/trainer_state.json").read_text()) for d in (ppo.run_dir, run_dir))
+    assert (state_before["world_size"], state_after["world_size"]) == (2, 1)
+
+
 def test_flipped_bit_is_named_and_refused(ppo: Finished, ground: Ground) -> None:
     run_dir = stopped_after(ppo, ground, 4)
-    victim = sorted((run_dir / "checkpoints" / "checkpoint-4" / "critic" / "state").glob("*optim_states.pt"))[1]
+    victim = sorted((run_dir / "checkpoints" / "checkpoint-4" / "critic").glob("rank-*.safetensors"))[1]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)
     outcome = run(ppo.recipe, f"run_dir={run_dir}", launcher="python", env=ground.env)
     assert outcome.code == 2
-    assert f"error: --resume auto: {run_dir / 'checkpoints' / 'checkpoint-4'}: critic/state/{victim.name} is damaged" in outcome.out
+    assert f"error: --resume auto: {run_dir / 'checkpoints' / 'checkpoint-4'}: critic/{victim.name} is damaged" in outcome.out
     assert "Traceback" not in outcome.out
     assert steps(run_dir) == steps(ppo.run_dir), "a refused start must leave the metrics alone"
 
