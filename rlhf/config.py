@@ -791,6 +791,9 @@ def resolve_deepspeed(
                 f"{origin}: `zero_optimization.{key}`: forwards and rollouts would compute with other weights than are trained; remove it"
             )
         zero.pop(key, None)
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            raise ValueError(f'{origin}: `zero_optimization.{key}.device` is "nvme": checkpoints and rollouts take what is in memory; use "cpu"')
     overlap = zero.get("overlap_comm", "auto")
     if overlap == "auto":
         overlap = stage >= 2 and on_gpu

@@ -274,6 +274,10 @@ def test_trap_32_bf16_accumulation_is_refused() -> None:
         ({"zero_optimization": {"stage": 4}}, r"`zero_optimization.stage` is 4; 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, r"`zero_optimization.overlap_comm` needs stage 2 or 3, the stage is 1"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, r"`zero_optimization.zero_quantized_weights`: forwards and rollouts"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            r'`zero_optimization.offload_param.device` is "nvme": checkpoints',
+        ),
     ],
 )
 def test_contradictions_are_refused(tree: dict[str, Any], message: str) -> None:
