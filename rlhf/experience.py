@@ -95,7 +95,7 @@ def gather_results(results: Sequence[tuple[MicroBatchPlan, Tensor]], rows: int, 
 
 def make_experience(
     rollout: Rollout,
-    scores: Scores,
+    scored: Callable[[], Scores],
     passes: ExperiencePasses,
     plan: Sequence[MicroBatchPlan],
     algorithm: AlgorithmConfig,
@@ -106,8 +106,9 @@ def make_experience(
 
     `plan` should be the first epoch's update plan: then old logprobs and the update's first logprobs come from the same forwards and
     are the same bits in float32 (trap 2). Without a pass for old logprobs, they are left to the update (`rl.needs_old_logprobs`).
+    `scored` waits for the scores; it is called once reference and critic have passed, which need none: slow scorers go on meanwhile. (collective)
     """
-    mask = training_mask(rollout, scores.valid, algorithm)
+    mask = training_mask(rollout, torch.ones(len(rollout), dtype=torch.bool), algorithm)
     window = mask.shape[1]
 
     def over_all_rows(name: str, scorer: Scorer | None, width: int, together: int = 1) -> Tensor | None:  # (collective)
@@ -116,9 +117,11 @@ def make_experience(
         with passes.timed(name):
             return shared_pass(scorer, rollout, mask, merged(plan, together), width, world, passes.packing)
 
-    old = over_all_rows("old_log_prob", passes.old_logprobs, window)
     ref = over_all_rows("ref", passes.ref_logprobs, window, passes.together)
     values = over_all_rows("values", passes.values, window + 1, passes.together)
+    scores = scored()
+    mask = training_mask(rollout, scores.valid, algorithm)
+    old = over_all_rows("old_log_prob", passes.old_logprobs, window)  # under the update's own mask (trap 2)
     rewards = token_rewards(rollout, scores, mask, algorithm.truncation)
     if ref is not None and algorithm.kl.place == "reward":
         assert old is not None

@@ -223,20 +223,23 @@ def run(args: argparse.Namespace, world: World) -> None:
                 models.hybrid_engine.release()
             rollout = gather_rollout(local, dict(enumerate(prompts)), world)
         models.fetch()
-        with timer.phase("reward"):
-            if early is not None:
-                early.finish()
-        scored = time.perf_counter()
-        generator = torch.Generator().manual_seed(number)
-        scores = Scores(torch.randn(len(rollout), generator=generator), torch.ones(len(rollout), dtype=torch.bool), {}, {})
-        learn(models, config, timer, rollout, scores, number, config.algorithm.kl.coef, world)
+        generated = time.perf_counter()
+
+        def scored() -> Scores:
+            with timer.phase("reward"):
+                if early is not None:
+                    early.finish()
+            generator = torch.Generator().manual_seed(number)
+            return Scores(torch.randn(len(rollout), generator=generator), torch.ones(len(rollout), dtype=torch.bool), {}, {})
+
+        learn(models, config, timer, rollout, scored, number, config.algorithm.kl.coef, world)
         note_memory()
         with timer.phase("hand_over"):
             if not args.only:
                 models.actor.hand_over(layout, models.hybrid_engine)
         now = time.perf_counter()
         record = {name.removeprefix("timing_s/"): value for name, value in timer.metrics().items() if name.startswith("timing_s/")}
-        records.append(record | {"step": now - started, "after_gen": now - scored})
+        records.append(record | {"step": now - started, "after_gen": now - generated})
 
     if not args.only:
         models.actor.hand_over(layout, models.hybrid_engine)

@@ -99,7 +99,7 @@ WORKLOADS = {  # prompts, samples of each, prompt tokens, mean and most response
     "B": (128, 8, 256, 1024, 4096),
     "V": (256, 1, 104, 278, 512),
     "T": (32, 8, 128, 512, 512),
-    "32k": (4, 1, 256, 32_512, 32_512),
+    "32k": (2, 2, 256, 32_512, 32_512),
     "tiny": (8, 4, 12, 12, 24),  # to try the scripts out
 }
 

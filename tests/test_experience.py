@@ -35,11 +35,39 @@ def experience(scores: Scores, rollout: Rollout = ROLLOUT, values: float | None 
         ref_logprobs=constant(-1.5) if kl_coef else None,
         values=constant(values, 1) if values is not None and config.needs_critic else None,
     )
-    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    return make_experience(rollout, scores, passes, plan_micro_batches(range(len(rollout)), lengths, 2, 1, 0), config, kl_coef, single_world())
+    return make_experience(rollout, lambda: scores, passes, plan(rollout), config, kl_coef, single_world())
+
+
+def plan(rollout: Rollout) -> list[MicroBatchPlan]:
+    return plan_micro_batches(range(len(rollout)), (rollout.prompt_lengths + rollout.response_lengths).tolist(), 2, 1, 0)
 
 
 PLAIN = {"whiten_advantages": False, "gae_lambda": 1.0}
+
+
+def test_scores_are_waited_for_after_the_passes_that_need_none() -> None:
+    """Slow scorers go on while reference and critic pass; the policy passes under the update's mask, from which lost samples are missing (trap 2)."""
+    calls: list[str] = []
+    masked: list[int] = []
+
+    def noted(name: str, extra: int = 0) -> Any:
+        def scorer(batch: MicroBatch) -> Tensor:
+            calls.append(name)
+            if name == "old":
+                masked.append(int(batch.mask.sum()))
+            return torch.zeros(len(batch.mask), batch.mask.shape[1] + extra)
+
+        return scorer
+
+    def scored() -> Scores:
+        calls.append("scores")
+        return make_scores([1.0, 2.0, 0.0, 3.0], invalid=(2,))
+
+    passes = ExperiencePasses(noted("old"), noted("ref"), noted("values", 1))
+    config = AlgorithmConfig(advantage="gae", kl={"place": "reward", "coef": 0.1})
+    found = make_experience(ROLLOUT, scored, passes, plan(ROLLOUT), config, 0.1, single_world())
+    assert list(dict.fromkeys(calls)) == ["ref", "values", "scores", "old"]
+    assert sum(masked) == int(found.mask.sum()) == 3 + 1 + 2
 
 
 def test_trap_4_the_score_sits_on_the_last_response_token() -> None:

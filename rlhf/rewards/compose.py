@@ -124,18 +124,25 @@ class Rewards:
         pairs = zip(self.config.components, self.scorers, strict=True)
         return EarlyScorer({c.label: scorer for c, scorer in pairs if isinstance(scorer, FunctionReward)}, self.tokenizer, self.config.workers)
 
-    def score(self, rollout: Rollout, early: EarlyScorer | None = None) -> Scores:
-        """Weighted sum of clipped components, clipped, less the penalty for responses that never ended.
+    def score_with_models(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Component -> [B], of the reward models. (collective)"""
+        pairs = zip(self.config.components, self.scorers, strict=True)
+        return {c.label: scorer.score(rollout) for c, scorer in pairs if isinstance(scorer, RewardModel)}
+
+    def score(self, rollout: Rollout, early: EarlyScorer | None = None, by_models: dict[str, Tensor] | None = None) -> Scores:
+        """Weighted sum of clipped components, clipped, less the penalty for responses that never ended. by_models: if the models have scored.
 
         A row is invalid as soon as one component with a weight has no score for it. (collective)
         """
+        if by_models is None:
+            by_models = self.score_with_models(rollout)
         total = torch.zeros(len(rollout))
         valid = torch.ones(len(rollout), dtype=torch.bool)
         components: dict[str, Tensor] = {}
         failures: Counter[str] = Counter()
         for component, scorer in zip(self.config.components, self.scorers, strict=True):
             if isinstance(scorer, RewardModel):
-                values = scorer.score(rollout)
+                values = by_models[component.label]
             else:
                 if early is not None:
                     values, lost = collect_early(component.label, early, rollout, self.world)

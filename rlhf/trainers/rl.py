@@ -41,6 +41,7 @@ from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
 from rlhf.preflight import roles
 from rlhf.rewards import FunctionReward, RewardModel, Rewards
+from rlhf.rewards.compose import EarlyScorer
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import is_lean
 from rlhf.trainers.probe import Loss, fit_budget
@@ -142,11 +143,15 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
             rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
         with timer.phase("reward"):
             models.fetch()
-            if early is not None:
-                early.finish()
-            scores = models.rewards.score(rollout, early)  # (collective)
+            by_models = models.rewards.score_with_models(rollout)  # (collective)
 
-        experience, update = learn(models, config, timer, rollout, scores, step, kl_controller.coef, world)  # (collective)
+        def scored(rollout: Rollout = rollout, early: EarlyScorer | None = early, by_models: dict[str, Tensor] = by_models) -> Scores:  # (collective)
+            with timer.phase("reward"):
+                if early is not None:
+                    early.finish()
+                return models.rewards.score(rollout, early, by_models)  # (collective)
+
+        experience, update = learn(models, config, timer, rollout, scored, step, kl_controller.coef, world)  # (collective)
         metrics = describe_experience(experience, kl_controller.coef) | update.metrics()  # (collective)
         if experience.ref_logprobs is not None and bool(experience.mask.any()):
             kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
@@ -380,12 +385,13 @@ def _mean(values: Tensor) -> float:
 
 
 def learn(
-    models: Models, config: Config, timer: PhaseTimer, rollout: Rollout, scores: Scores, step: int, kl_coef: float, world: World
+    models: Models, config: Config, timer: PhaseTimer, rollout: Rollout, scored: Callable[[], Scores], step: int, kl_coef: float, world: World
 ) -> tuple[Experience, UpdateMetrics]:
-    """What follows a rollout and its scores: the scoring forwards, advantages, and every optimizer step of actor and critic. (collective)"""
+    """What follows a rollout: the scoring forwards, advantages, and every optimizer step of actor and critic; `scored` waits for the scores.
+    (collective)"""
     first_epoch = [micro_batch for minibatch in plan_epoch(config, step, 0, rollout, world) for micro_batch in minibatch.plan]
     scorers = passes(models, config, timer, needs_old_logprobs(config, step))
-    experience = make_experience(rollout, scores, scorers, first_epoch, config.algorithm, kl_coef, world)  # (collective)
+    experience = make_experience(rollout, scored, scorers, first_epoch, config.algorithm, kl_coef, world)  # (collective)
     if isinstance(models.reference, FrozenEngine):
         models.reference.release()
     return experience, update_models(models, config, timer, experience, step, kl_coef, world)  # (collective)

@@ -34,7 +34,8 @@ def experience_of(models: Models, run: Run, rollout: Rollout, scores: Scores, st
     config, world = run.config, run.world
     plan = [part for minibatch in plan_epoch(config, step, 0, rollout, world) for part in minibatch.plan]
     needed = needs_old_logprobs(config, step) if old_logprobs is None else old_logprobs
-    return make_experience(rollout, scores, passes(models, config, run.timer, needed), plan, config.algorithm, config.algorithm.kl.coef, world)
+    scorers = passes(models, config, run.timer, needed)
+    return make_experience(rollout, lambda: scores, scorers, plan, config.algorithm, config.algorithm.kl.coef, world)
 
 
 def update(models: Models, run: Run, experience: Experience, step: int = 1, actor: bool = True) -> UpdateMetrics:

@@ -70,7 +70,7 @@ def ppo_steps(held: Models, run: Run, steps: range) -> dict[str, Tensor]:
     found = {}
     for step in steps:
         scores = held.rewards.score(ROLLOUT)
-        experience, update = learn(held, run.config, run.timer, ROLLOUT, SCORES, step, 0.1, run.world)
+        experience, update = learn(held, run.config, run.timer, ROLLOUT, lambda: SCORES, step, 0.1, run.world)
         assert experience.old_logprobs is not None and experience.ref_logprobs is not None and experience.values is not None
         mask = experience.mask
         found |= {f"{step} {name}": torch.tensor(value) for name, value in update.metrics().items()}
