@@ -22,17 +22,34 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="recipe, a YAML file; examples in scripts/recipes/")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto: the run folder's newest checkpoint, if there is one")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved config, batch arithmetic and placement, then stop")
+    parser.add_argument("--max_time", type=seconds, metavar="[[D-]H:]M[:S]", help="save and leave with exit code 75 before so much time is over")
     parser.add_argument("--local_rank", type=int, default=None, help="set by some launchers")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
     return parser.parse_intermixed_args(arguments)  # overrides may stand between and after options
 
 
-def fit(config: Config, resume: str) -> None:
+def seconds(text: str) -> float:
+    """Of "90" (minutes), "1:30:00" or "1-12:00", as Slurm writes times. ValueError for anything else."""
+    days, _, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if len(parts) > 3 or min(parts) < 0:
+        raise ValueError(text)
+    if days:  # hours come first then
+        h, m, s = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        h, m, s = parts
+    else:
+        h, (m, s) = 0, [*parts, 0][:2]
+    return float(((int(days or 0) * 24 + h) * 60 + m) * 60 + s)
+
+
+def fit(config: Config, resume: str, max_time: float | None = None) -> None:
     """Join the other ranks, train, leave. Heavy imports happen here, after the recipe has been checked."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    from rlhf import requests
     from rlhf.distributed import init_world, launch_environment
     from rlhf.engine import deterministic_kernels, seed_everything
     from rlhf.preflight import check
@@ -40,6 +57,7 @@ def fit(config: Config, resume: str) -> None:
     from rlhf.trainers.rl import train_rl
     from rlhf.trainers.sft import train_sft
 
+    requests.max_time = max_time
     on_gpu = torch.cuda.is_available()
     check(config, launch_environment()[1], on_gpu)
     deterministic = config.deterministic if config.deterministic is not None else not on_gpu
@@ -48,7 +66,11 @@ def fit(config: Config, resume: str) -> None:
         world = init_world(config.threads)
         seed_everything(config.seed, world.rank)
         with ExitStack() as cleanup:
-            train(config, world, resume, cleanup)
+            try:
+                train(config, world, resume, cleanup)
+            except SystemExit:  # all ranks leave together; after any other error they do not
+                world.close()
+                raise
         world.close()
 
 
@@ -78,7 +100,7 @@ def main() -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(describe(config))
             return 0
-        fit(config, arguments.resume)
+        fit(config, arguments.resume, arguments.max_time)
     except ValueError as error:
         return refuse(error)
     return 0

@@ -3,118 +3,277 @@
     checkpoints/latest, best     links
     checkpoints/checkpoint-100/  actor/ critic/    trained weights and optimizer states (`state`)
                                  rng/              generators of every rank
-                                 trainer_state.json  step, sampler, KL coefficient, best metric, ...
+                                 progress/         what step 101 has finished so far: only in checkpoint-100+1, checkpoint-100+2, ...
+                                 trainer_state.json  step, sampler, KL coefficient, best metrics, ...
                                  hf/ adapter/      what other programs load
                                  manifest.json     size and SHA-256 of every file; written last
 
-A folder is written under a temporary name and renamed when its manifest is on disk; only then are older ones deleted.
+A folder is written under a temporary name and renamed when all of it, and its manifest, are on disk; only then are older ones deleted, each
+under another name from the first moment. So whatever moment a kill or a failing disk hits, what is called a checkpoint is one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
+from rlhf import files
 from rlhf.distributed import World
+from rlhf.files import Written
+from rlhf.state import PinnedCopies, TensorFile, copy_to_host
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
+_HASHERS = 8  # threads
+
+
+class Mark(NamedTuple):
+    """How far a run is: steps that are over, and parts of the next one that are."""
+
+    step: int
+    part: int = 0
+
+    @property
+    def folder(self) -> str:
+        return f"checkpoint-{self.step}" + f"+{self.part}" * bool(self.part)
+
+    @staticmethod
+    def of(folder: Path) -> Mark | None:
+        match = _NAME.fullmatch(folder.name)
+        return Mark(int(match[1]), int(match[2] or 0)) if match else None
 
 
 class Saved(Protocol):
-    """An engine whose state is kept; both calls are collective."""
+    """An engine whose state is kept."""
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def state_bytes(self) -> int: ...
+    def state_files(self, copy: Callable[[Tensor], Tensor]) -> Iterator[TensorFile]: ...
+    def load(self, folder: Path) -> None: ...  # (collective)
+
+
+Export = Callable[[Path], None]  # writes into a folder what other programs load
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Methods marked (collective) are called by all ranks together."""
+    """The checkpoints of one run folder. Methods marked (collective) are called by all ranks together.
 
-    def __init__(self, run_dir: Path, world: World, keep_last: int) -> None:
-        self.folder, self.world, self.keep_last = run_dir / "checkpoints", world, keep_last
+    background: states are copied to the host, and written while training goes on; the same bytes."""
+
+    def __init__(self, run_dir: Path, world: World, keep_last: int, background: bool = False) -> None:
+        self.folder, self.world, self.keep_last, self.background = run_dir / "checkpoints", world, keep_last, background
+        self.pinned = PinnedCopies() if background and world.device.type == "cuda" else None
+        self._writer: threading.Thread | None = None
+        self._problem: str | None = None  # of the last save; known to all ranks once it is over
+        self._saves = 0
 
     def save(
-        self, step: int, engines: Mapping[str, Saved], state: dict[str, Any], best_step: int | None, export: Callable[[Path], None] | None = None
-    ) -> Path:
-        """Write checkpoint `step` and delete what is neither among the last `keep_last` nor the best. (collective)"""
-        final, temporary = self.folder / f"checkpoint-{step}", self.folder / f".writing-{step}"
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "rng").mkdir(parents=True)
-        self.world.barrier()
+        self,
+        mark: Mark,
+        engines: Mapping[str, Saved],
+        state: dict[str, Any],
+        best: Sequence[int] = (),
+        export: Export | None = None,
+        progress: TensorFile | None = None,
+    ) -> str | None:
+        """Write a checkpoint and delete what is neither among the last `keep_last` nor, by its step, in `best`, the best first. (collective)
+
+        export, progress: of rank 0. What keeps this or the last save from being complete is returned, the same on every rank, and all earlier
+        checkpoints are there; in the background, only what kept the last one."""
+        earlier = self.finish()  # (collective)
+        self._saves += 1
+        size = self.world.global_sum({"bytes": float(sum(engine.state_bytes() for engine in engines.values()))})["bytes"]  # (collective)
+        if problem := self.world.broadcast_object(self._no_room(size) if self.world.is_main else None):  # (collective)
+            self._problem = problem
+            return problem
+        copy = copy_to_host
+        if self.pinned is not None:
+            self.pinned.reset()
+            copy = self.pinned
+        contents = self._contents(engines, progress, copy)
+        facts = {"step": mark.step, "part": mark.part, "world_size": self.world.size, **state}
+        if self.background:
+            contents = list(contents)
+            if self.pinned is not None:
+                torch.cuda.synchronize()
+            self._writer = threading.Thread(target=self._write, args=(mark, contents, facts, best, export), name="checkpoint-writer", daemon=True)
+            self._writer.start()
+            return earlier
+        self._write(mark, contents, facts, best, export)
+        return self.finish()  # (collective)
+
+    def finish(self) -> str | None:
+        """Wait for what is written in the background; what kept the last save from being complete. (collective)"""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        problem = self._problem = self.world.broadcast_object(self._problem)  # (collective)
+        return problem
+
+    def _no_room(self, size: float) -> str | None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            return str(error)
+        if free < size:
+            return f"{self.folder}: a checkpoint takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: make room, or lower checkpoint.keep_last"
+        return None
+
+    def _contents(
+        self, engines: Mapping[str, Saved], progress: TensorFile | None, copy: Callable[[Tensor], Tensor]
+    ) -> Iterable[tuple[str, TensorFile]]:
         for name, engine in engines.items():
-            engine.save(temporary / name)
-        save_file(_rng_state(), temporary / "rng" / f"rank-{self.world.rank}.safetensors")
-        if export is not None:
-            export(temporary)
-        self.world.barrier()
-        if self.world.is_main:
-            facts = {"step": step, "world_size": self.world.size, **state}
-            _write_synced(temporary / "trainer_state.json", json.dumps(facts, indent=1))
-            _write_synced(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=1))
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            _point(self.folder / "latest", final.name)
-            if best_step == step:
-                _point(self.folder / "best", final.name)
-            _sync_folder(self.folder)
-            keep = {*self._steps()[-self.keep_last :], best_step}
-            for old in self._steps():
-                if old not in keep:
-                    shutil.rmtree(self.folder / f"checkpoint-{old}")
-        self.world.barrier()
-        return final
+            for file in engine.state_files(copy):
+                yield name, file
+        yield "rng", TensorFile(f"rank-{self.world.rank}.safetensors", _rng_state(), {})
+        if progress is not None:
+            yield "progress", progress
 
-    def find(self, resume: str) -> Path | None:
-        """The folder that `--resume auto|never|PATH` means, checked against its manifest; None = start afresh. (collective)
+    def _write(
+        self, mark: Mark, contents: Iterable[tuple[str, TensorFile]], facts: dict[str, Any], best: Sequence[int], export: Export | None
+    ) -> None:
+        """Without a collective: ranks meet at the store, from threads of their own if need be."""
+        final, temporary = self.folder / mark.folder, self.folder / f".writing-{mark.folder}"
+        written: dict[str, dict[str, Any]] = {}
+        problem: str | None = None
+        try:
+            if self.world.is_main and temporary.exists():
+                files.remove(temporary)
+        except OSError as error:
+            problem = str(error)
+        self.world.exchange(f"checkpoint/{self._saves}/begin", "")
+        try:
+            for folder, file in contents:
+                if problem is None:  # what is left is still taken, as other ranks may wait for this one there
+                    files.make_folder(temporary / folder)
+                    written[f"{folder}/{file.name}"] = asdict(files.write_tensors(temporary / folder / file.name, file.tensors, file.metadata))
+            if export is not None and problem is None:
+                files.before("export", temporary)
+                export(temporary)
+        except Exception as error:  # whatever a disk and a library may raise: the run does not end with it
+            problem = f"{type(error).__name__}: {error}"
+        found = [json.loads(text) for text in self.world.exchange(f"checkpoint/{self._saves}/written", json.dumps([written, problem]))]
+        if not self.world.is_main:
+            return
+        problem = next((f"rank {rank}: {theirs}" for rank, (_, theirs) in enumerate(found) if theirs), None)
+        if problem is None:
+            try:
+                self._commit(temporary, final, {name: entry for theirs, _ in found for name, entry in theirs.items()}, facts)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+        if problem is not None:
+            self._problem = f"{final.name} is not written: {problem}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            return
+        self._problem = None
+        try:
+            self._tidy(mark, best)
+        except OSError as error:
+            self._problem = f"{final.name} is written, but older ones are not deleted: {error}"
 
-        Under `never`, and under PATH for what is not before it, the run folder's checkpoints are moved to `checkpoints-N`.
-        Raises ValueError for a folder that is damaged or none.
-        """
+    def _commit(self, temporary: Path, final: Path, manifest: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+        manifest["trainer_state.json"] = asdict(files.write_text(temporary / "trainer_state.json", json.dumps(facts, indent=1) + "\n"))
+        found = {str(p.relative_to(temporary)): p for p in temporary.rglob("*") if p.is_file()}
+        for name in found.keys() - manifest.keys():  # exported
+            manifest[name] = asdict(files.adopt(found[name]))
+        files.write_text(temporary / "manifest.json", _text(manifest))
+        for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
+            files.sync_folder(folder)
+        files.sync_folder(temporary)
+        if final.exists():  # of another history: the run goes on from an older one
+            files.remove(final)
+        files.rename(temporary, final)
+        files.sync_folder(self.folder)
+
+    def _tidy(self, mark: Mark, best: Sequence[int]) -> None:
+        files.link(self.folder / "latest", mark.folder)
+        if best and mark == Mark(best[0]):
+            files.link(self.folder / "best", mark.folder)
+        files.sync_folder(self.folder)
+        marks = self._marks()
+        keep = {*marks[-self.keep_last :], *(Mark(step) for step in best), mark}
+        for old in marks:
+            if old not in keep:
+                files.remove(self.folder / old.folder)
+
+    def find(self, resume: str) -> tuple[Path | None, list[str]]:
+        """(the folder that `--resume auto|never|PATH` means, checked against its manifest; what there is to say about it). None = start afresh.
+        (collective)
+
+        `auto` passes over damaged ones, which are renamed, to the newest that is whole. Under `never`, and under PATH for what is not before it, the
+        run folder's checkpoints are moved to `checkpoints-N`. Raises ValueError where the one that is named is damaged or none, and where there are
+        only damaged ones."""
         found: Path | None = None
         problem: str | None = None
+        remarks: list[str] = []
         if self.world.is_main:
-            for unfinished in self.folder.glob(".writing-*"):
-                shutil.rmtree(unfinished)
-            steps = self._steps()
+            for unfinished in list(self.folder.glob(".*")):
+                if unfinished.is_symlink():
+                    unfinished.unlink()
+                elif unfinished.is_dir():
+                    shutil.rmtree(unfinished)
+            marks = self._marks()
             if resume == "auto":
-                found = self.folder / f"checkpoint-{steps[-1]}" if steps else None
+                found, problem, remarks = self._newest_whole(marks)
             elif resume != "never":
                 found = Path(resume).resolve()  # `latest` is a link that will move
-            problem = damage(found) if found else None
+                problem = damage(found)
             if resume != "auto" and not problem:
                 # What another history wrote is kept, but never mixed with this one's: among the last ones it would push out the new ones.
-                ours = found is not None and found.parent == self.folder.resolve()
-                self._set_aside([s for s in steps if not (ours and found and s <= _step_of(found))])
-        found, problem = self.world.broadcast_object((found, problem))
+                own = Mark.of(found) if found is not None and found.parent == self.folder.resolve() else None
+                self._set_aside([m for m in marks if not (own and m <= own)])
+        found, problem, remarks = self.world.broadcast_object((found, problem, remarks))
         if problem:
             raise ValueError(f"--resume {resume}: {found}: {problem}; name another checkpoint, or --resume never to start afresh")
-        return found
+        return found, remarks
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _newest_whole(self, marks: Sequence[Mark]) -> tuple[Path | None, str | None, list[str]]:
+        problems: dict[Path, str] = {}
+        for mark in reversed(marks):
+            folder = self.folder / mark.folder
+            if problem := damage(folder):
+                problems[folder] = problem
+                continue
+            remarks = []
+            for other, problem in problems.items():  # no longer called a checkpoint: among the last ones it would push out those that are
+                aside, number = self.folder / f"damaged-{other.name}", 1
+                while aside.exists():
+                    aside, number = self.folder / f"damaged-{other.name}-{number + 1}", number + 1
+                files.rename(other, aside)
+                remarks.append(f"{other}: {problem}; it is now {aside.name}, and {folder.name} is used")
+            for name in ("latest", "best"):
+                if (self.folder / name).is_symlink() and not (self.folder / name).exists():
+                    files.link(self.folder / name, folder.name)
+            return folder, None, remarks
+        if not problems:
+            return None, None, []
+        newest, problem = next(iter(problems.items()))
+        return newest, f"{problem}, and there is none before it that is whole", []
+
+    def _set_aside(self, marks: list[Mark]) -> None:
         """Move checkpoints to `checkpoints-N`."""
-        if not steps:
+        if not marks:
             return
         number = 1
         while (aside := self.folder.with_name(f"checkpoints-{number}")).exists():
             number += 1
         aside.mkdir()
-        for step in steps:
-            os.replace(self.folder / f"checkpoint-{step}", aside / f"checkpoint-{step}")
+        for mark in marks:
+            files.rename(self.folder / mark.folder, aside / mark.folder)
         for name in ("latest", "best"):
             link = self.folder / name
             if link.is_symlink() and not link.exists():
-                os.replace(link, aside / name)
+                files.rename(link, aside / name)
 
     def load(self, folder: Path, engines: Mapping[str, Saved]) -> dict[str, Any]:
         """Restore engines and generators, give back the trainer's state. (collective)"""
@@ -129,68 +288,40 @@ class Checkpoints:
             torch.cuda.set_rng_state(rng["cuda"])
         return state
 
-    def _steps(self) -> list[int]:
-        names = [_NAME.fullmatch(p.name) for p in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted(int(m[1]) for m in names if m)
-
-
-def _step_of(folder: Path) -> int:
-    match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else -1
+    def _marks(self) -> list[Mark]:
+        return sorted(mark for p in (self.folder.iterdir() if self.folder.is_dir() else []) if (mark := Mark.of(p)))
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file of its manifest must have its size and SHA-256."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        text = (folder / "manifest.json").read_text()
+        entries = json.loads(text)
+        manifest = {name: Written(**entry) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"no readable manifest.json, so it is not a complete checkpoint ({type(error).__name__})"
-    for name, entry in manifest.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
-            return f"{name} is damaged"
-    return None
+    if _text(entries) != text or "trainer_state.json" not in manifest:
+        return "manifest.json is damaged"
+
+    def wrong(name: str) -> str | None:
+        file, entry = folder / name, manifest[name]
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            whole = file.stat().st_size == entry.size and files.digest_of(file) == entry.sha256
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        return None if whole else f"{name} is damaged"
+
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        return next((problem for problem in pool.map(wrong, manifest) if problem), None)
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(dict(sorted(manifest.items())), indent=1) + "\n"
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _point(link: Path, target: str) -> None:
-    """A relative symbolic link, replaced in one step."""
-    temporary = link.with_name(f".{link.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
+def _rng_state() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

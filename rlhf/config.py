@@ -418,7 +418,9 @@ class ValidationConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end")
-    keep_last: int = Field(2, ge=1, description="older ones are deleted after a new one is complete; the best is kept besides")
+    keep_last: int = Field(2, ge=1, description="older ones are deleted after a new one is complete; the best are kept besides")
+    keep_best: int = Field(1, ge=1, description="so many of the best by validation are kept; a step that is among them is saved")
+    background: bool = Field(False, description="states are copied to host memory (to pinned memory from GPUs) and written while training goes on")
     save_hf: bool = Field(True, description="write an HF folder (or PEFT adapter) into every checkpoint")
     last: bool = Field(True, description="write a checkpoint at the end")
 

@@ -36,7 +36,9 @@ class World:
     _meetings: int = field(default=0, repr=False)
     _queues: int = field(default=0, repr=False)
     _left: str | None = field(default=None, repr=False)
+    _exchanged: str | None = field(default=None, repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
+    _follower: threading.Thread | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -191,6 +193,32 @@ class World:
             self.store.delete_key(self._left)
         self._left = keys[self.rank]
 
+    def exchange(self, key: str, value: str) -> list[str]:
+        """Every rank's value, in rank order, on every rank. Over the store, from any thread, and no collective: but all ranks call it in the same
+        order with the same keys, a new one each time."""
+        if self.store is None:
+            return [value]
+        keys = [f"{key}/{r}" for r in range(self.size)]
+        self.store.set(keys[self.rank], value)
+        found = []
+        for each in keys:
+            while not self.store.check([each]):
+                time.sleep(0.01)
+            found.append(self.store.get(each).decode())
+        # Everybody has begun this exchange, so everybody has what the one before was for.
+        if self._exchanged is not None:
+            self.store.delete_key(self._exchanged)
+        self._exchanged = keys[self.rank]
+        return found
+
+    def most(self, value: int) -> int:
+        """The largest of all ranks' values; on the host, so that no device is waited for. (collective)"""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
     def end_all(self, code: int) -> None:
         """Every other rank leaves with this exit code, wherever it waits: nothing else would wake it in a collective that this rank will never join.
         Returns when they have had the time to."""
@@ -212,6 +240,8 @@ class World:
 
     def close(self) -> None:
         self._closed.set()
+        if self._follower is not None:
+            self._follower.join()  # a thread that is inside of torch when the interpreter ends aborts the process
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -255,7 +285,8 @@ def init_world(threads: int | None = None, init_method: str | None = None) -> Wo
     world = World(rank, size, local_rank, local_size, device)
     if size > 1:
         world.store = _own_store(world)
-        threading.Thread(target=world._follow, daemon=True).start()
+        world._follower = threading.Thread(target=world._follow, daemon=True)
+        world._follower.start()
     return world
 
 

@@ -685,16 +685,17 @@ class TrainEngine:
         with GatheredParameters(list(parameters.values())):
             return {name: p.detach().cpu().clone() for name, p in parameters.items()}
 
-    def save(self, folder: Path) -> None:
-        """Trained weights, optimizer states and the count of steps into `folder`: each rank its own part (see `state`)."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def state_bytes(self) -> int:
+        """Of this rank's `state_files`, about."""
+        return state.nbytes(self._own_parts(), self._torch_optimizer)
+
+    def state_files(self, copy: Callable[[Tensor], Tensor] = state.copy_to_host) -> Iterator[state.TensorFile]:
+        """Trained weights, optimizer states and the count of steps: this rank's own part (see `state`)."""
         with self._states_at_hand():
-            parts = self._parts()
-            replicated = self.stage == 0 and not self.world.is_main
-            state.write(folder, [] if replicated else parts, self._torch_optimizer, self.world.rank, {"optimizer_steps": self.optimizer_steps})
+            yield from state.files(self._own_parts(), self._torch_optimizer, self.world.rank, {"optimizer_steps": self.optimizer_steps}, copy)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, with any number of ranks and any ZeRO stage. ValueError where it is of another model. (collective)"""
+        """What `state_files` gave, with any number of ranks and any ZeRO stage. ValueError where it is of another model. (collective)"""
         zero = self._engine.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()
@@ -715,6 +716,10 @@ class TrainEngine:
         zero: Any = self._engine.optimizer
         found: torch.optim.Optimizer = getattr(zero, "optimizer", zero)
         return found
+
+    def _own_parts(self) -> list[state.Part]:
+        """What this rank writes."""
+        return [] if self.stage == 0 and not self.world.is_main else self._parts()
 
     def _parts(self) -> list[state.Part]:
         return state.parts_of(self._engine.optimizer, self._torch_optimizer, self._trainable, self.world.rank)

@@ -19,6 +19,7 @@ from rlhf.distributed import World
 from rlhf.ops.advantages import ADVANTAGES, AdvantageInput
 from rlhf.ops.kl import k1
 from rlhf.ops.masking import masked_sum
+from rlhf.progress import Progress
 from rlhf.types import Experience, MicroBatch, Prompt, Rollout, Scores
 
 Scorer = Callable[[MicroBatch], Tensor]
@@ -101,6 +102,7 @@ def make_experience(
     algorithm: AlgorithmConfig,
     kl_coef: float,
     world: World,
+    progress: Progress | None = None,
 ) -> Experience:
     """Everything the update needs. (collective)
 
@@ -108,18 +110,23 @@ def make_experience(
     are the same bits in float32 (trap 2). Without a pass for old logprobs, they are left to the update (`rl.needs_old_logprobs`).
     `scored` waits for the scores; it is called once reference and critic have passed, which need none: slow scorers go on meanwhile. (collective)
     """
+    progress = progress or Progress()
     mask = training_mask(rollout, torch.ones(len(rollout), dtype=torch.bool), algorithm)
     window = mask.shape[1]
 
     def over_all_rows(name: str, scorer: Scorer | None, width: int, together: int = 1) -> Tensor | None:  # (collective)
         if scorer is None:
             return None
-        with passes.timed(name):
-            return shared_pass(scorer, rollout, mask, merged(plan, together), width, world, passes.packing)
+
+        def passed() -> dict[str, Tensor]:  # (collective)
+            with passes.timed(name):
+                return {"all": shared_pass(scorer, rollout, mask, merged(plan, together), width, world, passes.packing)}
+
+        return progress.once(name, passed)["all"]
 
     ref = over_all_rows("ref", passes.ref_logprobs, window, passes.together)
     values = over_all_rows("values", passes.values, window + 1, passes.together)
-    scores = scored()
+    scores = Scores.of(progress.once("scores", lambda: scored().tensors()))
     mask = training_mask(rollout, scores.valid, algorithm)
     old = over_all_rows("old_log_prob", passes.old_logprobs, window)  # under the update's own mask (trap 2)
     rewards = token_rewards(rollout, scores, mask, algorithm.truncation)

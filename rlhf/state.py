@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHT = "weight"
@@ -65,28 +64,82 @@ def parts_of(zero: Any, optimizer: torch.optim.Optimizer, trained: Mapping[str, 
     return found
 
 
-def write(folder: Path, parts: Sequence[Part], optimizer: torch.optim.Optimizer, rank: int, facts: Mapping[str, Any]) -> None:
-    """This rank's files. An empty one if it has no parts."""
+@dataclass(frozen=True)
+class TensorFile:
+    """A file that is to be written: tensors on the host, which nobody else changes."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    return tensor.cpu().clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+
+class PinnedCopies:
+    """Copies on the host in page-locked buffers, which the device fills without the host; the buffers are kept for the next time."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._used, self._offset = 0, 0
+
+    def reset(self) -> None:
+        """All earlier copies may be overwritten."""
+        self._used, self._offset = 0, 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The caller waits for the device before it reads."""
+        if tensor.nbytes > FILE_BYTES:
+            return tensor.cpu()
+        if self._offset + tensor.nbytes > FILE_BYTES:
+            self._used, self._offset = self._used + 1, 0
+        if self._used == len(self._buffers):
+            self._buffers.append(torch.empty(FILE_BYTES, dtype=torch.uint8, pin_memory=True))
+        place = self._buffers[self._used][self._offset : self._offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self._offset += -(-tensor.nbytes // 16) * 16
+        return place.copy_(tensor, non_blocking=True)
+
+
+def nbytes(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> int:
+    """Of `files`, about."""
+    return sum(4 * part.count * (1 + sum(_like_master(v, part) for v in optimizer.state.get(part.master, {}).values())) for part in parts)
+
+
+def files(
+    parts: Sequence[Part],
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    facts: Mapping[str, Any],
+    copy: Callable[[Tensor], Tensor] = copy_to_host,
+) -> Iterator[TensorFile]:
+    """This rank's files, one after the other, so that a caller that writes each needs no more memory than for one. One without tensors if this rank
+    has no parts."""
     number, tensors, ranges, scalars, size = 0, dict[str, Tensor](), dict[str, Any](), dict[str, Any](), 0
 
-    def flush() -> None:
+    def taken() -> TensorFile:
         nonlocal number, tensors, ranges, scalars, size
         text = json.dumps({"parts": ranges, "scalars": scalars, "facts": dict(facts)})  # several would be written in a random order
-        save_file(tensors, folder / f"rank-{rank}-{number:03}.safetensors", {"state": text})
+        file = TensorFile(f"rank-{rank}-{number:03}.safetensors", tensors, {"state": text})
         number, tensors, ranges, scalars, size = number + 1, {}, {}, {}, 0
+        return file
 
     for part in parts:
         state = optimizer.state.get(part.master, {})
         kept = {WEIGHT: part.master, **{key: v for key, v in state.items() if _like_master(v, part)}}
         for key, value in kept.items():
-            tensors[f"{key}/{part.name}"] = part.of(value).cpu().clone()
+            tensors[f"{key}/{part.name}"] = copy(part.of(value))
             size += tensors[f"{key}/{part.name}"].nbytes
         ranges[part.name] = [part.start, part.count, part.shape]
         scalars[part.name] = {key: float(v) for key, v in state.items() if key not in kept}
         if size >= FILE_BYTES:
-            flush()
+            yield taken()
     if ranges or not number:
-        flush()
+        yield taken()
 
 
 def read(folder: Path, parts: Sequence[Part], names: Sequence[str], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

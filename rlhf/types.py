@@ -6,7 +6,8 @@ Column j of every [B, R] tensor belongs to the j-th response token, which stands
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -74,6 +75,15 @@ class Rollout:
     rollout_logprobs: Tensor  # [B, R] float32, as sampled; 0 beyond the response
     entropies: Tensor | None = None  # [B, R] float32, of the distributions sampled from; only where asked for
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the prompts."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], of_draw: Mapping[int, Prompt]) -> Rollout:
+        """From `tensors()` and the prompt of every draw."""
+        return cls(prompts=[of_draw[d] for d in tensors["draw"].tolist()], **tensors)
+
     @property
     def response_mask(self) -> Tensor:
         """[B, R] bool, True on response tokens, the ending EOS included."""
@@ -97,6 +107,20 @@ class Scores:
     valid: Tensor  # [B] bool
     components: dict[str, Tensor]  # name -> [B] float32, NaN where that component failed
     failures: dict[str, int]  # name -> number of failed samples in this batch
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {f"component/{name}": values for name, values in self.components.items()}
+        parts |= {f"failure/{reason}": torch.tensor(count) for reason, count in self.failures.items()}
+        return {"total": self.total, "valid": self.valid, **parts}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Scores:
+        """From `tensors()`."""
+
+        def parts(kind: str) -> dict[str, Tensor]:
+            return {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+
+        return cls(tensors["total"], tensors["valid"], parts("component/"), {reason: int(n) for reason, n in parts("failure/").items()})
 
 
 @dataclass

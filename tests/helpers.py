@@ -34,6 +34,8 @@ from transformers import (
 
 from rlhf.config import Config, parse_config
 from rlhf.distributed import World, init_world
+from rlhf.engine import TrainEngine
+from rlhf.files import write_tensors
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.loop import Outputs, draw_tokens
 from rlhf.types import Prompt, Rollout, Sampling, Scores
@@ -254,6 +256,13 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 90
         if reports or late:
             raise AssertionError("\n\n".join(reports) or f"ranks {late} were killed")
         return [torch.load(f"{folder}/result-{rank}", weights_only=False) for rank in range(size)]
+
+
+def save_state(engine: TrainEngine, folder: Path) -> None:
+    """What a checkpoint keeps of an engine, of this rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in engine.state_files():
+        write_tensors(folder / file.name, file.tensors, file.metadata)
 
 
 def saved_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.config import LoraConfig, ModelConfig
 from rlhf.engine import WholePlacement, full_tensors
-from rlhf.models.export import export_adapter, export_model
+from rlhf.models.export import export_adapter, export_model, on_host
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import load_causal_lm, load_scalar_model, read_architecture, score_statistics, tensor_names, weighted_bits
 from rlhf.models.lora import WeightSource, adapter_parameters, adapters_off, add_adapters, weight_layout
@@ -98,7 +98,7 @@ def test_scalar_models_are_read_by_transformers(models: Path, tmp_path: Path, na
     """An exported reward model gives the same scores in AutoModelForSequenceClassification, right padding included."""
     model = scalar(models / name, "zero")
     nn.init.normal_(model.score.weight)
-    export_model(tmp_path / "out", model, full_tensors(weight_layout(model)), models / name, tiny_tokenizer(), True, statistics=(0.5, 2.0))
+    export_model(tmp_path / "out", model, on_host(full_tensors(weight_layout(model))), models / name, tiny_tokenizer(), statistics=(0.5, 2.0))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     ids = IDS.clamp(min=4)
     ids[1, 4:] = 3  # padding
@@ -240,14 +240,14 @@ def test_adapters_are_merged_into_bfloat16_with_one_rounding(transposed: bool) -
 @pytest.mark.parametrize("name", ["llama", "qwen2", "llama_untied", "gpt2"])
 def test_merged_weights_compute_as_the_adapted_model(models: Path, tmp_path: Path, name: str) -> None:
     model = with_adapters(models / name, 0.1)
-    export_model(tmp_path / "hf", model, full_tensors(weight_layout(model)), models / name, tiny_tokenizer(), True)
+    export_model(tmp_path / "hf", model, on_host(full_tensors(weight_layout(model))), models / name, tiny_tokenizer())
     merged = plain(tmp_path / "hf")
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
     if name != "llama_untied":
         assert merged.lm_head.weight is merged.get_input_embeddings().weight  # trap 33
     from peft import PeftModel
 
-    export_adapter(tmp_path / "adapter", model, dict(adapter_parameters(model)), models / name, True)
+    export_adapter(tmp_path / "adapter", model, on_host(adapter_parameters(model).items()), models / name)
     adapted = PeftModel.from_pretrained(plain(models / name), tmp_path / "adapter").eval()
     for module in model.modules():  # peft's forward, in its order of sums
         vars(module).pop("forward", None)
@@ -264,7 +264,7 @@ def test_trap_33_export_loads_equal_and_still_tied(models: Path, tmp_path: Path,
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    export_model(tmp_path, model, full_tensors(weight_layout(model)), models / name, tiny_tokenizer(), True)
+    export_model(tmp_path, model, on_host(full_tensors(weight_layout(model))), models / name, tiny_tokenizer())
     loaded = plain(tmp_path)
     assert torch.equal(logits(loaded), logits(model.eval()))
     assert loaded.config.tie_word_embeddings == plain(models / name).config.tie_word_embeddings

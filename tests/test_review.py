@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rlhf.checkpoint import Checkpoints
 from rlhf.config import ROOT, LoraConfig, RewardComponentConfig, parse_config, role_settings
 from rlhf.distributed import World
 from rlhf.engine import _clear_abandoned_builds
@@ -27,61 +26,6 @@ from rlhf.rewards.compose import score_with_function
 from rlhf.trainers.run import Best, check_same_data
 from rlhf.types import Rollout
 from tests.helpers import run_ranks, single_world, tiny_tokenizer
-
-
-class _Engine:
-    def __init__(self) -> None:
-        self.value = 0
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        (folder / "value").write_text(str(self.value))
-
-    def load(self, folder: Path) -> None:
-        self.value = int((folder / "value").read_text())
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
-    checkpoints, engine = Checkpoints(tmp_path, single_world(), keep_last=2), _Engine()
-    for step in (8, 10, 12):
-        engine.value = step
-        checkpoints.save(step, {"actor": engine}, {}, best_step=8)
-    assert _names(tmp_path / "checkpoints") == ["best", "checkpoint-10", "checkpoint-12", "checkpoint-8", "latest"]
-
-    found = checkpoints.find(str(tmp_path / "checkpoints" / "checkpoint-8"))
-    assert found is not None and checkpoints.load(found, {"actor": engine})["step"] == 8
-    assert _names(tmp_path / "checkpoints") == ["best", "checkpoint-8"]
-    assert _names(tmp_path / "checkpoints-1") == ["checkpoint-10", "checkpoint-12", "latest"]
-
-    # The new history: its checkpoint stays, and is what `auto` finds.
-    checkpoints.save(9, {"actor": engine}, {}, best_step=8)
-    assert (tmp_path / "checkpoints" / "latest").resolve().name == "checkpoint-9"
-    assert checkpoints.find("auto") == tmp_path / "checkpoints" / "checkpoint-9"
-
-
-def test_resume_from_another_run_or_never_sets_all_checkpoints_aside(tmp_path: Path) -> None:
-    engine = _Engine()
-    ours, other = (Checkpoints(tmp_path / name, single_world(), keep_last=2) for name in ("ours", "other"))
-    ours.save(4, {"actor": engine}, {}, None)
-    elsewhere = other.save(9, {"actor": engine}, {}, None)
-    assert ours.find(str(elsewhere)) == elsewhere
-    assert _names(tmp_path / "ours" / "checkpoints") == []
-    assert _names(tmp_path / "other" / "checkpoints") == ["checkpoint-9", "latest"]
-    ours.save(2, {"actor": engine}, {}, None)
-    assert ours.find("never") is None
-    assert _names(tmp_path / "ours" / "checkpoints-2") == ["checkpoint-2", "latest"]
-
-
-def test_unfinished_checkpoint_is_cleared_away(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, single_world(), keep_last=1)
-    (tmp_path / "checkpoints" / ".writing-7").mkdir(parents=True)
-    torch.save(1, tmp_path / "checkpoints" / ".writing-7" / "part")
-    assert checkpoints.find("auto") is None
-    assert _names(tmp_path / "checkpoints") == []
 
 
 def test_overrides_may_stand_between_and_after_options() -> None:

@@ -21,59 +21,57 @@ from rlhf.models.lora import ADAPTER_WEIGHTS
 COPIED = ("generation_config.json", "chat_template.jinja")
 
 
+def on_host(tensors: Iterable[tuple[str, Tensor]], wanted: bool = True) -> dict[str, Tensor]:
+    """Copies that nobody else changes; of none if they are not wanted here. (collective, where the iterator is)"""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors if wanted}
+
+
 def export_model(
     folder: Path,
     module: nn.Module,
-    tensors: Iterable[tuple[str, Tensor]],
+    state: dict[str, Tensor],
     source: Path,
     tokenizer: PreTrainedTokenizerBase,
-    write: bool,
     statistics: tuple[float, float] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """A folder that `from_pretrained` loads, from the whole tensors of the plain model; tied weights are written once.
+    """A folder that `from_pretrained` loads, from the whole tensors of the plain model on the host; tied weights are written once.
 
-    (collective, through the iterator: every rank calls it, the one with `write` writes.) source: the folder that the model was loaded
-    from; its config (with its own dropout) and generation config are kept. statistics: of a reward model's scores.
+    source: the folder that the model was loaded from; its config (with its own dropout) and generation config are kept. statistics: of a reward
+    model's scores.
     """
-    state = {name: tensor.detach().cpu().clone() for name, tensor in tensors if write}
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(state, folder, safe_serialization=True)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        plain = module.get_base_model() if isinstance(module, PeftModel) else module
-        config.dtype = next(iter(state.values())).dtype
-        if isinstance(plain, ScalarModel):
-            config.num_labels = 1
-            name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
-            config.architectures = [name or type(plain).__name__]
-            config.pad_token_id = tokenizer.pad_token_id
-        else:
-            config.architectures = [type(plain).__name__]
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name in COPIED:
-            if (source / name).is_file() and not (folder / name).exists():
-                (folder / name).write_bytes((source / name).read_bytes())
-        _write_statistics(folder, statistics)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(state, folder, safe_serialization=True)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    plain = module.get_base_model() if isinstance(module, PeftModel) else module
+    config.dtype = next(iter(state.values())).dtype
+    if isinstance(plain, ScalarModel):
+        config.num_labels = 1
+        name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+        config.architectures = [name or type(plain).__name__]
+        config.pad_token_id = tokenizer.pad_token_id
+    else:
+        config.architectures = [type(plain).__name__]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in COPIED:
+        if (source / name).is_file() and not (folder / name).exists():
+            (folder / name).write_bytes((source / name).read_bytes())
+    _write_statistics(folder, statistics)
 
 
-def export_adapter(
-    folder: Path, module: nn.Module, tensors: dict[str, Tensor], source: Path, write: bool, statistics: tuple[float, float] | None = None
-) -> None:
-    """The adapters (and a scalar head) alone, as PEFT writes and reads them. tensors: those of `adapter_parameters`, whole; source, statistics:
-    as above."""
+def export_adapter(folder: Path, module: nn.Module, state: dict[str, Tensor], source: Path, statistics: tuple[float, float] | None = None) -> None:
+    """The adapters (and a scalar head) alone, as PEFT writes and reads them. state: those of `adapter_parameters`, whole, on the host; source,
+    statistics: as above."""
     assert isinstance(module, PeftModel)
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        named = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = copy.deepcopy(module.peft_config["default"])
-        config.base_model_name_or_path = str(source.resolve())
-        if isinstance(module.get_base_model(), ScalarModel):  # the head is trained whole and belongs to the adapter
-            config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
-        config.save_pretrained(str(folder))
-        _write_statistics(folder, statistics)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(module.peft_config["default"])
+    config.base_model_name_or_path = str(source.resolve())
+    if isinstance(module.get_base_model(), ScalarModel):  # the head is trained whole and belongs to the adapter
+        config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+    config.save_pretrained(str(folder))
+    _write_statistics(folder, statistics)
 
 
 def _write_statistics(folder: Path, statistics: tuple[float, float] | None) -> None:

@@ -124,6 +124,10 @@ class Rewards:
         pairs = zip(self.config.components, self.scorers, strict=True)
         return EarlyScorer({c.label: scorer for c, scorer in pairs if isinstance(scorer, FunctionReward)}, self.tokenizer, self.config.workers)
 
+    @property
+    def has_models(self) -> bool:
+        return any(isinstance(scorer, RewardModel) for scorer in self.scorers)
+
     def score_with_models(self, rollout: Rollout) -> dict[str, Tensor]:
         """Component -> [B], of the reward models. (collective)"""
         pairs = zip(self.config.components, self.scorers, strict=True)

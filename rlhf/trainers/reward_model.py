@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     pairs, report = load_preferences(config.data.train, config.data, tokenizer)
     held_out = load_preferences(config.validation.data, config.data, tokenizer)[0] if config.validation.data else []
     steps = total_steps(config, len(pairs))
-    best = Best(config.validation.best_metric or "val-core/pair_accuracy/mean", config.validation.best_mode or "max")
+    best = Best(config.validation.best_metric or "val-core/pair_accuracy/mean", config.validation.best_mode or "max", config.checkpoint.keep_best)
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
     config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())
@@ -62,6 +63,11 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     if start < steps and run.on_gpu:
         fit_budget(run, {"reward_model": probe})  # (collective)
         config = run.config
+
+    some = pairs[:: max(1, len(pairs) // STATISTICS_PAIRS)][:STATISTICS_PAIRS]  # of every source
+
+    def statistics() -> tuple[float, float]:
+        return score_mean_std(engine, some, config, pad, world)  # (collective)
 
     for step in range(start + 1, steps + 1):
         run.timer.start_step()
@@ -92,17 +98,15 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
                 measured = pair_accuracy(engine, held_out, config, pad, world)  # (collective)
         metrics |= measured
         new_best = bool(measured) and best.offer(step, measured)
-        last = step == steps and config.checkpoint.last
-        if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            some = pairs[:: max(1, len(pairs) // STATISTICS_PAIRS)][:STATISTICS_PAIRS]  # of every source
-            statistics = score_mean_std(engine, some, config, pad, world)  # (collective)
-            state = {"sampler": sampler.state_dict()}
-            run.save(step, metrics, {"reward_model": engine}, state, "reward_model", statistics)  # (collective)
         lengths = torch.tensor([len(side.input_ids) for p in batch for side in (p.chosen, p.rejected)]).numpy()
         tokens = int(lengths.sum())
         run.timer.add("update_reward_model", tokens // world.size, update_flops(shape, lengths, 2 * len(batch), role.lora is not None) / world.size)
-        timing = run.timer.metrics(device_peak_flops(), step_tokens=tokens // world.size, actor_memory_mb=run.meter.most_allocated_mb())
-        run.end_step(step, metrics | timing)
+        peak = device_peak_flops()
+        timing = partial(run.timer.metrics, peak, step_tokens=tokens // world.size, actor_memory_mb=run.meter.most_allocated_mb())
+        save = new_best or run.is_due(step, steps)
+        state = {"sampler": sampler.state_dict()}
+        run.end_step(step, metrics, {"reward_model": engine}, state, "reward_model", save, statistics=statistics, timing=timing)
+    run.finish()
 
 
 def pair_micro_batches(pairs: list[PreferencePair], train: TrainConfig, world: World) -> Any:

@@ -6,9 +6,10 @@ One step reads top to bottom in `train_rl`. Calls marked (collective) are made b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ from rlhf.ops.kl import KLController, kl_loss
 from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
 from rlhf.preflight import roles
+from rlhf.progress import Progress
 from rlhf.rewards import FunctionReward, RewardModel, Rewards
-from rlhf.rewards.compose import EarlyScorer
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import is_lean
 from rlhf.trainers.probe import Loss, fit_budget
@@ -90,7 +91,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     if verifier:
         verifier.check_columns({name for p in held_out for name in p.columns})
 
-    best = Best(config.validation.best_metric or _accuracy_metric(held_out), config.validation.best_mode or "max")
+    best = Best(config.validation.best_metric or _accuracy_metric(held_out), config.validation.best_mode or "max", config.checkpoint.keep_best)
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
     config = run.config  # with the budget of earlier starts
     prompts, overlap = separate(prompts, held_out, config.data.drop_held_out)
@@ -107,7 +108,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     timer, accounting = run.timer, Accounting(run, models)
 
     start = run.resume(dict(models.engines), steps)
-    if start:
+    if run.state:
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])
 
@@ -122,55 +123,72 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 
     if start < steps:
         hand_over()  # (collective)
-    if start == 0 and validate and config.validation.before_training:
+    if not run.state and validate and config.validation.before_training:
         timer.start_step()
         with timer.phase("testing"):
             before = validate(0)  # (collective)
         best.check(before)
-        run.end_step(0, before | timer.metrics())
+        run.log_step(0, before | timer.metrics())
 
-    for step in range(start + 1, steps + 1):
+    def step_once(step: int) -> None:  # (collective)
         timer.start_step()
+        progress = run.progress(step, models.engines, state())
         draws = sampler.next(config.rollout.prompts)
-        with timer.phase("gen"):
-            early = models.rewards.early() if config.reward.while_decoding else None  # functions score what has ended while the rest is decoded
-            local = share_out(
-                models.hybrid_engine, [prompts[d.row] for d in draws], [d.draw for d in draws], sampling(config), config, world, early=early
-            )
-            world.wait_for_all("rollout")
-            if release:
-                models.hybrid_engine.release()
-            rollout = gather_rollout(local, {d.draw: prompts[d.row] for d in draws}, world)  # (collective)
-        with timer.phase("reward"):
-            models.fetch()
-            by_models = models.rewards.score_with_models(rollout)  # (collective)
+        of_draw = {d.draw: prompts[d.row] for d in draws}
+        # Functions score what has ended while the rest is decoded.
+        early = models.rewards.early() if config.reward.while_decoding and not progress.part else None
 
-        def scored(rollout: Rollout = rollout, early: EarlyScorer | None = early, by_models: dict[str, Tensor] = by_models) -> Scores:  # (collective)
+        def generated() -> dict[str, Tensor]:  # (collective)
+            with timer.phase("gen"):
+                local = share_out(models.hybrid_engine, list(of_draw.values()), list(of_draw), sampling(config), config, world, early=early)
+                world.wait_for_all("rollout")
+                if release:
+                    models.hybrid_engine.release()
+                return gather_rollout(local, of_draw, world).tensors()  # (collective)
+
+        def judged() -> dict[str, Tensor]:  # (collective)
+            with timer.phase("reward"):
+                return models.rewards.score_with_models(rollout)
+
+        def scored() -> Scores:  # (collective)
             with timer.phase("reward"):
                 if early is not None:
                     early.finish()
                 return models.rewards.score(rollout, early, by_models)  # (collective)
 
-        experience, update = learn(models, config, timer, rollout, scored, step, kl_controller.coef, world)  # (collective)
+        rollout = Rollout.of(progress.once("rollout", generated), of_draw)
+        with timer.phase("reward"):
+            models.fetch()
+        by_models = progress.once("reward models", judged) if models.rewards.has_models else {}
+        experience, update = learn(models, config, timer, rollout, scored, step, kl_controller.coef, world, progress)
         metrics = describe_experience(experience, kl_controller.coef) | update.metrics()  # (collective)
         if experience.ref_logprobs is not None and bool(experience.mask.any()):
             kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
 
         with timer.phase("hand_over"):
-            hand_over()  # (collective)
+            hand_over()
         measured: dict[str, float] = {}
         if validate and (step % config.validation.every == 0 or step == steps):
-            with timer.phase("testing"):
-                measured = validate(step)  # (collective)
+
+            def tested() -> dict[str, Tensor]:  # (collective)
+                with timer.phase("testing"):
+                    return {name: torch.tensor(value, dtype=torch.float64) for name, value in validate(step).items()}
+
+            measured = {name: float(value) for name, value in progress.once("validation", tested).items()}
         metrics |= measured
         if world.is_main:
             write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
         new_best = bool(measured) and best.offer(step, measured)
-        last = step == steps and config.checkpoint.last
-        if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            state = {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict()}
-            run.save(step, metrics, models.engines, state, "actor")  # (collective)
-        run.end_step(step, metrics | accounting(step, rollout, actor_updates=len(update.steps["actor"])))
+        save = new_best or run.is_due(step, steps)
+        timing = partial(accounting, step, rollout, actor_updates=len(update.steps["actor"]))
+        run.end_step(step, metrics, models.engines, state(), "actor", save, timing=timing)
+
+    def state() -> dict[str, Any]:
+        return {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict()}
+
+    for step in range(start + 1, steps + 1):
+        step_once(step)
+    run.finish()
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -385,31 +403,52 @@ def _mean(values: Tensor) -> float:
 
 
 def learn(
-    models: Models, config: Config, timer: PhaseTimer, rollout: Rollout, scored: Callable[[], Scores], step: int, kl_coef: float, world: World
+    models: Models,
+    config: Config,
+    timer: PhaseTimer,
+    rollout: Rollout,
+    scored: Callable[[], Scores],
+    step: int,
+    kl_coef: float,
+    world: World,
+    progress: Progress | None = None,
 ) -> tuple[Experience, UpdateMetrics]:
     """What follows a rollout: the scoring forwards, advantages, and every optimizer step of actor and critic; `scored` waits for the scores.
     (collective)"""
+    progress = progress or Progress()
     first_epoch = [micro_batch for minibatch in plan_epoch(config, step, 0, rollout, world) for micro_batch in minibatch.plan]
     scorers = passes(models, config, timer, needs_old_logprobs(config, step))
-    experience = make_experience(rollout, scored, scorers, first_epoch, config.algorithm, kl_coef, world)  # (collective)
+    experience = make_experience(rollout, scored, scorers, first_epoch, config.algorithm, kl_coef, world, progress)
     if isinstance(models.reference, FrozenEngine):
         models.reference.release()
-    return experience, update_models(models, config, timer, experience, step, kl_coef, world)  # (collective)
+    return experience, update_models(models, config, timer, experience, step, kl_coef, world, progress)
 
 
 def update_models(
-    models: Models, config: Config, timer: PhaseTimer, experience: Experience, step: int, kl_coef: float, world: World
-) -> UpdateMetrics:  # fmt: skip
+    models: Models,
+    config: Config,
+    timer: PhaseTimer,
+    experience: Experience,
+    step: int,
+    kl_coef: float,
+    world: World,
+    progress: Progress | None = None,
+) -> UpdateMetrics:
     """Every optimizer step on an experience, which has old logprobs afterwards if it had none. (collective)"""
     algorithm, rollout = config.algorithm, experience.rollout
-    update = UpdateMetrics(world)
-    seen: list[tuple[MicroBatchPlan, Tensor]] = []  # logprobs of the update's own forwards
+    update, progress = UpdateMetrics(world), progress or Progress()
+    progress.accumulate(update)
+    if experience.old_logprobs is None and (kept := progress.kept("old_log_prob")):
+        experience.old_logprobs = kept["all"]
     for minibatch in (m for epoch in range(algorithm.epochs) for m in plan_epoch(config, step, epoch, rollout, world)):
         counts = denominators(experience, minibatch.rows, config)
         if counts["tokens"] == 0:  # the same on every rank: nothing to learn here, and no stale gradient either (trap 22)
-            update.skipped += 1
+            if progress.take_turn():
+                update.skipped += 1
+                progress.end_turn()
             continue
-        if step > algorithm.critic_warmup_steps:
+        if step > algorithm.critic_warmup_steps and progress.take_turn():
+            seen: list[tuple[MicroBatchPlan, Tensor]] = []  # logprobs of the update's own forwards
             with timer.phase("update_actor"):
                 ahead = Ahead(experience, minibatch.plan, config, world)
                 for part in minibatch.plan:
@@ -420,7 +459,11 @@ def update_models(
                     if experience.old_logprobs is None and loss.logprobs is not None:
                         seen.append((part, loss.logprobs))
                 update.stepped("actor", models.actor.step())  # (collective)
-        if models.critic is not None:
+            if experience.old_logprobs is None:
+                experience.old_logprobs = gather_results(seen, len(rollout), experience.mask.shape[1], world)  # (collective)
+                progress.keep("old_log_prob", {"all": experience.old_logprobs})
+            progress.end_turn()
+        if models.critic is not None and progress.take_turn():
             with timer.phase("update_critic"):
                 ahead = Ahead(experience, minibatch.plan, config, world)
                 for _ in minibatch.plan:
@@ -429,8 +472,9 @@ def update_models(
                     models.critic.backward(loss.loss_sum, counts["tokens"])  # (collective)
                     update.add(loss, counts["tokens"])
                 update.stepped("critic", models.critic.step())  # (collective)
+            progress.end_turn()
     if experience.old_logprobs is None:
-        experience.old_logprobs = gather_results(seen, len(rollout), experience.mask.shape[1], world)  # (collective)
+        experience.old_logprobs = gather_results([], len(rollout), experience.mask.shape[1], world)  # (collective)
     return update
 
 
@@ -545,6 +589,25 @@ class UpdateMetrics:
 
     def stepped(self, model: str, result: StepResult) -> None:
         self.steps[model].append(result)
+
+    def state_dict(self) -> dict[str, float]:
+        """For `Progress`."""
+        state = {f"sum/{name}": float(value) for name, value in self.sums.items()} | {"skipped": float(self.skipped)}
+        for model, results in self.steps.items():
+            for i, r in enumerate(results):
+                state |= {f"{model}/{i}/grad_norm": r.grad_norm, f"{model}/{i}/learning_rate": r.learning_rate}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.skipped = int(state["skipped"])
+        for name, value in state.items():
+            if name.startswith("sum/"):
+                self.sums[name.removeprefix("sum/")] = torch.tensor(value, dtype=torch.float32, device=self.world.device)
+        for model in ("actor", "critic"):
+            while (norm := state.get(f"{model}/{len(self.steps[model])}/grad_norm")) is not None:
+                self.steps[model].append(StepResult(norm, state[f"{model}/{len(self.steps[model])}/learning_rate"]))
+            if not self.steps[model]:
+                del self.steps[model]
 
     def metrics(self) -> dict[str, float]:
         """(collective)"""

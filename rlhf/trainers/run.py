@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
-from rlhf.checkpoint import Checkpoints, Saved
+from rlhf.checkpoint import Checkpoints, Export, Mark, Saved
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
 from rlhf.distributed import EXIT_AGAIN, World, device_names
 from rlhf.engine import TrainEngine, loading_context
@@ -29,21 +31,28 @@ from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, longe
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
-from rlhf.models.export import export_adapter, export_model
+from rlhf.models.export import export_adapter, export_model, on_host
 from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
 from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
 from rlhf.models.scoring_head import fuse_head
 from rlhf.preflight import roles
+from rlhf.progress import PROGRESS, Progress
+from rlhf.requests import STOP, Requests
+from rlhf.state import TensorFile
 
 
 @dataclass
 class Best:
-    """The best value of a metric and the step that had it; part of the state."""
+    """The best values of a metric and the steps that had them; part of the state."""
 
     metric: str
     mode: str
-    value: float = math.nan
-    step: int | None = None
+    keep: int = 1
+    top: list[tuple[float, int]] = field(default_factory=list)  # (value, step), the best first
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for _, step in self.top]
 
     def check(self, metrics: dict[str, float]) -> None:
         """Raises ValueError if the metric is not among what validation measured."""
@@ -51,14 +60,14 @@ class Best:
             raise ValueError(f"validation.best_metric={self.metric}: not measured; there are {', '.join(sorted(metrics))}")
 
     def offer(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether this step is the new best. Raises ValueError as `check` does."""
+        """Whether this step is among the best `keep` now. Raises ValueError as `check` does."""
         self.check(metrics)
         value = metrics[self.metric]
-        better = self.step is None or (value > self.value if self.mode == "max" else value < self.value)
-        if better and math.isfinite(value):
-            self.value, self.step = value, step
-            return True
-        return False
+        if math.isnan(value):
+            return False
+        sign = -1 if self.mode == "max" else 1
+        self.top = sorted([*self.top, (value, step)], key=lambda entry: sign * entry[0])[: self.keep]  # of equals the earlier stays ahead
+        return step in self.steps
 
 
 @dataclass
@@ -75,6 +84,7 @@ class Run:
     meter: MemoryMeter
     longest: int  # tokens of the longest row
     plan: Plan = field(default_factory=Plan)
+    requests: Requests = field(default_factory=Requests)
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
 
     @property
@@ -133,50 +143,113 @@ class Run:
         return TrainEngine(module, role, settings, self.world, total_steps, self.config.seed, key)
 
     def resume(self, engines: dict[str, Saved], steps: int) -> int:
-        """Restore engines, generators and the best metric; the step to go on after (0 = from the start). (collective)"""
+        """Restore engines, generators and the best metrics; the step to go on after (0 = from the start). (collective)"""
         if self.resume_from is None:
             return 0
         self.state = self.checkpoints.load(self.resume_from, engines)
         if self.state["best"]["metric"] == self.best.metric:  # values of another metric cannot be compared
-            self.best.value, self.best.step = self.state["best"]["value"], self.state["best"]["step"]
+            self.best.top = [(value, step) for value, step in self.state["best"]["top"]][: self.best.keep]
         step = int(self.state["step"])
-        self.log.complete(step, self.state["metrics"])
-        done = "the run is complete; --resume never starts it afresh" if step >= steps else f"going on after step {step}"
+        if self.state["part"]:
+            done = f"going on inside of step {step + 1}"
+        else:
+            self.log.complete(step, self.state["metrics"])
+            done = "the run is complete; --resume never starts it afresh" if step >= steps else f"going on after step {step}"
         self.console.message(f"resumed from {self.resume_from}: {done}")
         return step
 
-    def save(
+    def progress(self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any]) -> Progress:
+        """Of a step that begins, with what the checkpoint that we resume from has of it; state: of the trainer as the step begins."""
+
+        def boundary(progress: Progress) -> None:  # (collective)
+            if asked := self.asked():
+                kept = progress.collected(self.world)  # (collective)
+                self._save(Mark(step - 1, progress.part), {**state, "metrics": {}}, engines, progress=kept if self.world.is_main else None)
+                self._follow(asked)
+
+        kept = None
+        if self.resume_from is not None and self.state["part"] and self.state["step"] == step - 1:
+            kept = load_file(self.resume_from / "progress" / PROGRESS)
+        return Progress(boundary, kept, self.world)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether the recipe wants a checkpoint of this step."""
+        wanted = self.config.checkpoint
+        return (step == steps and wanted.last) or bool(wanted.every and step % wanted.every == 0)
+
+    def asked(self) -> int:
+        """What any rank was asked for (`Requests`). (collective)"""
+        return self.world.most(self.requests.poll())
+
+    def end_step(
         self,
         step: int,
         metrics: dict[str, float],
         engines: dict[str, TrainEngine],
         state: dict[str, Any],
         exported: str,
-        statistics: tuple[float, float] | None = None,
-    ) -> Path:
-        """A checkpoint with the model `exported` as HF folder and adapter. (collective)
+        save: bool,
+        statistics: Callable[[], tuple[float, float]] | None = None,
+        timing: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        """Save if it is to be (`save`) or was asked for, log, leave if that was asked for. (collective)
 
-        metrics: of this step, whose line is written after the checkpoint; a kill between the two must not lose it.
-        """
-        with self.timer.phase("save_checkpoint"):
-            best = {"metric": self.best.metric, "value": self.best.value, "step": self.best.step}
-            export = self._exporter(engines[exported], statistics) if self.config.checkpoint.save_hf else None
-            return self.checkpoints.save(step, engines, {**state, "best": best, "metrics": metrics}, self.best.step, export)
+        exported: the engine whose model is written as HF folder and adapter; statistics: of a reward model's scores (collective)."""
+        asked = self.asked()
+        if save or asked:
+            export = None
+            with self.timer.phase("save_checkpoint"):
+                if self.config.checkpoint.save_hf:
+                    export = self._exporter(engines[exported], statistics() if statistics else None)
+                # The line of this step is written after its checkpoint; a kill between the two must not lose it.
+                self._save(Mark(step), {**state, "metrics": metrics}, engines, export=export)
+        self.log_step(step, metrics | timing())
+        self._follow(asked)
 
-    def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None) -> Callable[[Path], None]:
+    def _save(
+        self, mark: Mark, state: dict[str, Any], engines: dict[str, TrainEngine], export: Export | None = None, progress: TensorFile | None = None
+    ) -> None:  # (collective)
+        best = {"metric": self.best.metric, "top": self.best.top}
+        started = time.monotonic()
+        problem = self.checkpoints.save(mark, engines, {**state, "best": best}, self.best.steps, export, progress)
+        self.requests.saved(time.monotonic() - started)
+        if problem:
+            self.console.message(f"{problem}. Training goes on; the checkpoints before it are whole.")
+
+    def _follow(self, asked: int) -> None:
+        """Leave, if that is what was asked for: everything is saved. (collective)"""
+        if asked < STOP:
+            return
+        problem = self.checkpoints.finish()  # (collective)
+        reasons = [reason for reason in self.world.gather_objects(self.requests.reason) if reason]  # (collective)
+        self.console.message(f"leaving: {reasons[0]}. " + (f"{problem}. " if problem else "") + "Started again, it goes on from here.")
+        if self.world.is_main:
+            self.requests.leave(reasons[0])
+        raise SystemExit(EXIT_AGAIN)
+
+    def finish(self) -> None:
+        """Everything is on disk, or it is an error: RuntimeError. (collective)"""
+        if problem := self.checkpoints.finish():
+            raise RuntimeError(f"the last checkpoint is missing: {problem}")
+
+    def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None) -> Export | None:
+        """Writes what is taken now, on rank 0. (collective)"""
         role = engine.config
         assert role.path is not None
-        source, write, module = role.path, self.world.is_main, engine.module
+        source, module, tokenizer = role.path, engine.module, self.tokenizer
+        model = on_host(engine.full_tensors(weight_layout(module)), self.world.is_main)  # (collective)
+        adapter = engine.full_parameters(adapter_parameters(module)) if role.lora else None  # (collective)
+        if not self.world.is_main:
+            return None
 
         def export(folder: Path) -> None:
-            tensors = engine.full_tensors(weight_layout(module))
-            export_model(folder / "hf", module, tensors, source, self.tokenizer, write, statistics, role.trust_remote_code)
-            if role.lora:
-                export_adapter(folder / "adapter", module, engine.full_parameters(adapter_parameters(module)), source, write, statistics)
+            export_model(folder / "hf", module, model, source, tokenizer, statistics, role.trust_remote_code)
+            if adapter is not None:
+                export_adapter(folder / "adapter", module, adapter, source, statistics)
 
         return export
 
-    def end_step(self, step: int, metrics: dict[str, float]) -> None:
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
         if step:
             measured, remarks = self.meter.compare(self.plan)
             metrics = metrics | measured
@@ -192,11 +265,11 @@ class Run:
         if isinstance(error, torch.OutOfMemoryError):
             self.end_for_memory(error)
         if self.log.abandoned:
-            if error is not None:
+            if error is not None and not isinstance(error, SystemExit):
                 traceback.print_exception(kind, error, trace)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0 if error is None else 1)
+            os._exit(0 if error is None else error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
     def end_for_memory(self, error: torch.OutOfMemoryError) -> NoReturn:
         """Write a smaller budget and end this rank and all others, to be started again. ValueError, when the others have ended, if none can be
@@ -225,12 +298,14 @@ def start_run(
 ) -> Run:
     """Open the run folder: decide what to resume from and with which budget, write the resolved config, open the sinks; `cleanup` closes them, and
     ends the job where memory ran out. (collective)"""
-    checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
+    checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last, config.checkpoint.background)
+    requests = Requests(config.run_dir, world.is_main)
+    cleanup.enter_context(requests)
     if world.is_main:
         (config.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.yaml").write_text(to_yaml(config))
     world.barrier()
-    resume_from = checkpoints.find(resume)
+    resume_from, remarks = checkpoints.find(resume)
     if world.is_main and resume == "never":
         (config.run_dir / BUDGET).unlink(missing_ok=True)
     origin = resume_from.parent.parent if resume_from else None  # the run folder of the checkpoint
@@ -250,8 +325,10 @@ def start_run(
 
     meter = MemoryMeter(world.device.type == "cuda")
     timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, meter.end)
-    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config))
+    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config), requests=requests)
     cleanup.push(run.leave)
+    for remark in remarks:
+        console.message(remark)
     if taken:
         console.message(f"auto: {' '.join(f'{key}={str(value).lower()}' for key, value in taken.items())}: from {BUDGET}")
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     sequences, report = load_sequences(config.data.train, config.data, tokenizer)
     held_out = load_sequences(config.validation.data, config.data, tokenizer)[0] if config.validation.data else []
     steps = total_steps(config, len(sequences))
-    best = Best(config.validation.best_metric or "val-core/loss", config.validation.best_mode or "min")
+    best = Best(config.validation.best_metric or "val-core/loss", config.validation.best_mode or "min", config.checkpoint.keep_best)
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
     config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())
@@ -77,15 +78,15 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
                 measured = held_out_loss(actor, held_out, config, pad, world)  # (collective)
         metrics |= measured
         new_best = bool(measured) and best.offer(step, measured)
-        last = step == steps and config.checkpoint.last
-        if new_best or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            run.save(step, metrics, {"actor": actor}, {"sampler": sampler.state_dict()}, "actor")  # (collective)
         lengths = torch.tensor([len(s.input_ids) for s in batch]).numpy()
         run.timer.add(
             "update_actor", int(lengths.sum()) // world.size, update_flops(shape, lengths, tokens, config.actor.lora is not None) / world.size
         )
-        timing = run.timer.metrics(device_peak_flops(), step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=run.meter.most_allocated_mb())
-        run.end_step(step, metrics | timing)
+        peak = device_peak_flops()
+        timing = partial(run.timer.metrics, peak, step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=run.meter.most_allocated_mb())
+        save = new_best or run.is_due(step, steps)
+        run.end_step(step, metrics, {"actor": actor}, {"sampler": sampler.state_dict()}, "actor", save, timing=timing)
+    run.finish()
 
 
 def total_steps(config: Config, rows: int) -> int:

@@ -33,7 +33,7 @@ from rlhf.engine import (
 )
 from rlhf.experience import gather_rollout
 from rlhf.models.checkpointing import decoder_layers
-from rlhf.models.export import export_model
+from rlhf.models.export import export_model, on_host
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapters_off, add_adapters, kept_whole, weight_layout
 from rlhf.rewards import RewardModel
@@ -50,6 +50,7 @@ from tests.helpers import (
     relative,
     rl_config,
     run_ranks,
+    save_state,
     single_world,
     tiny_tokenizer,
     write_jsonl,
@@ -371,7 +372,7 @@ def alone(world: World, model: Path, folder: Path, dtype: str) -> None:
         assert {p.ds_status == ZeroParamStatus.AVAILABLE for p in engine.module.parameters()} == {stay}
     assert all(p.data_ptr() == p.ds_tensor.data_ptr() for p in whole.module.parameters())  # not a copy
     whole.step()
-    whole.save(folder)
+    save_state(whole, folder)
     train(whole, world, 1)
     again = engine_of(str(ROOT / "ds_configs/zero3.json"))
     again.load(folder)
@@ -455,8 +456,9 @@ def test_a_layer_that_knows_its_parameters_is_copied_and_pickled(models: Path) -
 def train_and_export(world: World, models: Path, name: str, stage: int, lora: bool, folder: Path) -> Tensor:
     engine = causal_engine(world, models / name, stage, lora=lora, learning_rate=0.5)
     train(engine, world, 3)
-    tensors = full_tensors(weight_layout(engine.module))
-    export_model(folder, engine.module, tensors, models / name, tiny_tokenizer(), world.is_main)
+    tensors = on_host(full_tensors(weight_layout(engine.module)))
+    if world.is_main:
+        export_model(folder, engine.module, tensors, models / name, tiny_tokenizer())
     world.barrier()
     return forward(engine.score)
 

@@ -20,7 +20,7 @@ from rlhf.trainers import run as run_module
 from rlhf.trainers.rl import train_rl
 from tests.distributed.steps import weights
 from tests.distributed.test_engine import causal_engine, forward, settings, train
-from tests.helpers import rl_config, run_ranks, write_jsonl
+from tests.helpers import rl_config, run_ranks, save_state, write_jsonl
 
 
 def states_of(engine: TrainEngine) -> list[Tensor]:
@@ -55,7 +55,7 @@ def run(world: World, models: Path, case: tuple[int, str, bool], offloads: bool,
         norms += train(engine, world)
         gone += [absent(engine)] if offloads else []
         if i == 1 and saved:
-            engine.save(saved)
+            save_state(engine, saved)
             gone += [absent(engine)] if offloads else []
     return {**weights(engine), **{f"state {i}": t for i, t in enumerate(states_of(engine))}}, norms, all(gone)
 

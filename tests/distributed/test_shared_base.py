@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config import ROOT, Config, LoraConfig, ModelConfig, Recomputed, role_settings
 from rlhf.distributed import World
 from rlhf.engine import SharedPlacement, WholePlacement, full_tensors
-from rlhf.models.export import export_adapter, export_model
+from rlhf.models.export import export_adapter, export_model, on_host
 from rlhf.models.forward import position_ids
 from rlhf.models.loading import load_causal_lm, load_scalar_model
 from rlhf.models.lora import adapter_parameters, add_adapters, check_adapter, frozen_base, load_adapter, weight_layout
@@ -24,7 +24,7 @@ from rlhf.rewards import RewardModel
 from rlhf.trainers.rl import Models, learn
 from rlhf.trainers.run import Run
 from tests.distributed.steps import open_models
-from tests.helpers import make_rollout, make_scores, rl_config, run_ranks, saved_state, single_world, tiny_tokenizer
+from tests.helpers import make_rollout, make_scores, rl_config, run_ranks, save_state, saved_state, single_world, tiny_tokenizer
 
 ROLLOUT = make_rollout([4, 4, 9, 9, 2, 2, 5, 3], [3, 8, 5, 7, 4, 6, 1, 2], window=8)
 SCORES = make_scores([0.3, -1.0, 0.5, 2.0, -0.2, 1.0, 0.1, 0.7])
@@ -40,8 +40,8 @@ def reward(models: Path) -> Path:
     with torch.no_grad():
         for parameter in adapter_parameters(module).values():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    export_adapter(folder / "adapter", module, dict(adapter_parameters(module)), models / "llama", True, (0.5, 2.0))
-    export_model(folder / "hf", module, full_tensors(weight_layout(module)), models / "llama", tiny_tokenizer(), True, (0.5, 2.0))
+    export_adapter(folder / "adapter", module, on_host(adapter_parameters(module).items()), models / "llama", (0.5, 2.0))
+    export_model(folder / "hf", module, on_host(full_tensors(weight_layout(module))), models / "llama", tiny_tokenizer(), (0.5, 2.0))
     return folder
 
 
@@ -189,7 +189,7 @@ def test_other_architectures_share_too(models: Path, tmp_path: Path, name: str) 
     with torch.no_grad():
         for parameter in [p for module in (actor, trained) for p in adapter_parameters(module).values()]:
             parameter.normal_(std=0.2)
-    export_adapter(tmp_path, trained, dict(adapter_parameters(trained)), models / name, True)
+    export_adapter(tmp_path, trained, on_host(adapter_parameters(trained).items()), models / name)
     read = load_adapter(shared, tmp_path)
     ids = ROLLOUT.input_ids
     with torch.no_grad():
@@ -208,7 +208,7 @@ def two_steps(world: World, models: Path, reward: Path, stage: int, folder: Path
     held, run = open_models(config, world)
     straight = ppo_steps(held, run, range(1, 2))
     for name, engine in held.engines.items():
-        engine.save(folder / name)
+        save_state(engine, folder / name)
     run._exporter(held.actor, None)(folder)
     straight = ppo_steps(held, run, range(2, 3)) | weights(held)
     again, run = open_models(config, world)

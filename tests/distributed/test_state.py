@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.distributed import World
 from tests.distributed.steps import weights
 from tests.distributed.test_engine import causal_engine, train
-from tests.helpers import run_ranks, saved_state
+from tests.helpers import run_ranks, save_state, saved_state
 
 Shape = tuple[int, int, str]  # ZeRO stage, ranks, dtype
 
@@ -19,7 +19,7 @@ Shape = tuple[int, int, str]  # ZeRO stage, ranks, dtype
 def write(world: World, models: Path, stage: int, dtype: str, lora: bool, folder: Path) -> dict[str, Tensor]:
     engine = causal_engine(world, models / "llama", stage, dtype, lora, sgd=False, learning_rate=0.01)
     train(engine, world, 2)
-    engine.save(folder)
+    save_state(engine, folder)
     before = weights(engine)
     train(engine, world, 1)
     return before | {f"next {name}": t for name, t in weights(engine).items()}
@@ -30,7 +30,7 @@ def read(world: World, models: Path, stage: int, dtype: str, lora: bool, folder:
     engine.load(folder)
     assert engine.optimizer_steps == 2
     before = weights(engine)
-    engine.save(again)
+    save_state(engine, again)
     train(engine, world, 1)
     return before | {f"next {name}": t for name, t in weights(engine).items()}
 

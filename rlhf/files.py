@@ -1,0 +1,136 @@
+"""The operations on files that a checkpoint is made of.
+
+Each passes through `before` first, where a test can fail it or kill the process; writing passes once for every CHUNK bytes, so that files can be
+cut short too. What has returned is on disk, but for names: those are once `sync_folder` of their folder has returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 64 << 20  # bytes
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+before: Callable[[str, Path], None] = lambda operation, path: None  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a manifest keeps of a file."""
+
+    size: int  # bytes
+    sha256: str
+
+
+def write(path: Path, parts: Iterator[memoryview | bytes]) -> Written:
+    """A new file from these bytes."""
+    digest, size = hashlib.sha256(), 0
+    before("open", path)
+    with path.open("wb") as file:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for begin in range(0, len(view), CHUNK):
+                chunk = view[begin : begin + CHUNK]
+                before("write", path)
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+        file.flush()
+        before("sync", path)
+        os.fsync(file.fileno())
+    return Written(size, digest.hexdigest())
+
+
+def write_text(path: Path, text: str) -> Written:
+    return write(path, iter([text.encode()]))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Written:
+    """A safetensors file of tensors on the host. The library's own `save_file` refuses those that lie in one buffer, as pinned copies do, and would
+    have them read again for the digest."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts() -> Iterator[memoryview | bytes]:
+        yield len(text).to_bytes(8, "little") + text
+        for tensor in tensors.values():
+            if tensor.numel():
+                yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+    return write(path, parts())
+
+
+def adopt(path: Path) -> Written:
+    """Put on disk what a library has written."""
+    before("sync", path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return Written(path.stat().st_size, digest_of(path))
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    before("make", path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    before("sync", path)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(path: Path, to: Path) -> None:
+    before("rename", path)
+    os.replace(path, to)
+
+
+def remove(folder: Path) -> None:
+    """A folder with all that is in it, which has another name from the first moment: half of it must not be taken for the whole."""
+    aside = folder if folder.name.startswith(".") else folder.with_name(f".deleting-{folder.name}")
+    if aside != folder:
+        if aside.exists():
+            shutil.rmtree(aside)
+        rename(folder, aside)
+    before("remove", aside)
+    shutil.rmtree(aside)
+
+
+def link(path: Path, target: str) -> None:
+    """A relative symbolic link, replaced in one step."""
+    temporary = path.with_name(f".{path.name}")
+    before("link", path)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    rename(temporary, path)

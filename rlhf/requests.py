@@ -1,0 +1,115 @@
+"""What a running job may be asked from outside: to save, or to save and leave. Asked of any rank, done by all at their next common boundary.
+
+    SIGTERM, SIGUSR1 to any rank; RUN_DIR/stop, $RLHF_CONTROL/stop; a limit of time; a launcher that is gone: save and leave with exit code 75
+    RUN_DIR/save; SIGRTMIN to any rank: save, and go on
+
+Handlers only take note: DeepSpeed's launcher signals its ranks one after another, each once the one before has ended, so that a handler that saves
+together with the others would wait for them for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+SAVE, STOP = 1, 2
+
+CONTROL = "RLHF_CONTROL"  # a folder through which scripts/supervise.sh talks to rank 0
+LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "torch.distributed", "supervise.sh")
+POLL_SECONDS = 1.0
+
+max_time: float | None = None  # seconds from the start of this process; set by the command line
+
+
+class Requests:
+    """Asked of this rank. A context: signals are handled inside of it."""
+
+    def __init__(self, run_dir: Path | None = None, is_main: bool = True) -> None:
+        control = os.environ.get(CONTROL)
+        self._control = Path(control) if control and is_main else None
+        self._files = {run_dir / "save": SAVE, run_dir / "stop": STOP} if run_dir and is_main else {}
+        self._run_dir, self._is_main = run_dir, is_main
+        self._asked = 0
+        self.reason: str | None = None
+        self._limit = max_time if is_main else None
+        self._polled: float | None = None
+        self._longest_part = self._longest_save = 0.0  # seconds
+        self._before: dict[int, object] = {}
+        self._over = threading.Event()
+
+    def __enter__(self) -> Requests:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGRTMIN):
+            self._before[number] = signal.signal(number, self._handle)
+        for file in self._files:
+            file.unlink(missing_ok=True)  # asked of an earlier run
+        if self._control and self._run_dir:
+            (self._control / "run_dir").write_text(str(self._run_dir.resolve()))
+        self._watcher = threading.Thread(target=self._watch, args=(launchers(),), daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._watcher.join()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._ask(SAVE if number == signal.SIGRTMIN else STOP, signal.Signals(number).name)
+
+    def _ask(self, what: int, reason: str) -> None:
+        self._asked = max(self._asked, what)
+        self.reason = self.reason or reason
+
+    def _watch(self, above: list[psutil.Process]) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            for process in above:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    return self._ask(STOP, "the launcher is gone")
+
+    def poll(self) -> int:
+        """SAVE, STOP or 0; SAVE only once."""
+        for file, what in self._files.items():
+            if file.exists():
+                file.unlink(missing_ok=True)
+                self._ask(what, f"the file {file}")
+        if self._control and (self._control / "stop").exists():
+            self._ask(STOP, (self._control / "stop").read_text().strip() or "the supervisor")
+        now = time.monotonic()
+        if self._polled is not None:
+            self._longest_part = max(self._longest_part, now - self._polled)
+        self._polled = now
+        if self._limit is not None and time.time() - psutil.Process().create_time() + 1.2 * self._longest_part + 2 * self._longest_save > self._limit:
+            self._ask(STOP, f"--max_time {self._limit:g} s is near")
+        asked = self._asked
+        if asked == SAVE:
+            self._asked, self.reason = 0, None
+        return asked
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took so long; it is no part of a step."""
+        self._longest_save = max(self._longest_save, seconds)
+        self._polled = None
+
+    def leave(self, reason: str) -> None:
+        """Tell the supervisor that this end was asked for."""
+        if self._control:
+            (self._control / "left").write_text(reason)
+
+
+def launchers() -> list[psutil.Process]:
+    """The processes above this one that started it, up to the first that is no launcher."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            if not any(name in word for word in process.cmdline()[:4] for name in LAUNCHERS):
+                break
+            found.append(process)
+    return found

@@ -1,0 +1,310 @@
+"""A checkpoint is whole or it is none, whatever a disk does and whenever a kill comes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf import files
+from rlhf.checkpoint import Checkpoints, Mark, damage
+from rlhf.distributed import World
+from rlhf.state import TensorFile, copy_to_host
+from tests.helpers import run_ranks, single_world
+
+
+class Engine:
+    """One tensor as all its state."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = torch.full((3,), value)
+
+    def state_bytes(self) -> int:
+        return self.value.nbytes
+
+    def state_files(self, copy: Callable[[Tensor], Tensor] = copy_to_host) -> Iterator[TensorFile]:
+        yield TensorFile("rank-0-000.safetensors", {"value": copy(self.value)}, {"state": "{}"})
+
+    def load(self, folder: Path) -> None:
+        self.value = load_file(folder / "rank-0-000.safetensors")["value"]
+
+
+def export(folder: Path) -> None:
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+
+
+def save(checkpoints: Checkpoints, step: int, best: tuple[int, ...] = (), part: int = 0) -> str | None:
+    progress = TensorFile("step.safetensors", {"turns": torch.tensor(part)}, {}) if part else None
+    return checkpoints.save(Mark(step, part), {"actor": Engine(step)}, {"note": step}, best, None if part else export, progress)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def assert_usable(run_dir: Path, steps: tuple[int, ...]) -> int:
+    """A start afterwards finds one of these checkpoints, whole; which one."""
+    checkpoints, engine = Checkpoints(run_dir, single_world(), keep_last=2), Engine()
+    found, _ = checkpoints.find("auto")
+    assert found is not None
+    state = checkpoints.load(found, {"actor": engine})
+    assert state["step"] in steps and state["note"] == state["step"]
+    assert engine.value.tolist() == [state["step"]] * 3
+    assert not [name for name in names(run_dir / "checkpoints") if name.startswith(".")]
+    return int(state["step"])
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Which are kept, and which is found
+
+
+def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    checkpoints, engine = Checkpoints(tmp_path, single_world(), keep_last=2), Engine()
+    for step in (8, 10, 12):
+        assert save(checkpoints, step, best=(8,)) is None
+    assert names(tmp_path / "checkpoints") == ["best", "checkpoint-10", "checkpoint-12", "checkpoint-8", "latest"]
+
+    found, _ = checkpoints.find(str(tmp_path / "checkpoints" / "checkpoint-8"))
+    assert found is not None and checkpoints.load(found, {"actor": engine})["step"] == 8
+    assert names(tmp_path / "checkpoints") == ["best", "checkpoint-8"]
+    assert names(tmp_path / "checkpoints-1") == ["checkpoint-10", "checkpoint-12", "latest"]
+
+    # The new history: its checkpoint stays, and is what `auto` finds.
+    save(checkpoints, 9, best=(8,))
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "checkpoint-9"
+    assert checkpoints.find("auto")[0] == tmp_path / "checkpoints" / "checkpoint-9"
+
+
+def test_resume_from_another_run_or_never_sets_all_checkpoints_aside(tmp_path: Path) -> None:
+    ours, other = (Checkpoints(tmp_path / name, single_world(), keep_last=2) for name in ("ours", "other"))
+    save(ours, 4)
+    save(other, 9)
+    elsewhere = tmp_path / "other" / "checkpoints" / "checkpoint-9"
+    assert ours.find(str(elsewhere))[0] == elsewhere
+    assert names(tmp_path / "ours" / "checkpoints") == []
+    assert names(tmp_path / "other" / "checkpoints") == ["checkpoint-9", "latest"]
+    save(ours, 2)
+    assert ours.find("never") == (None, [])
+    assert names(tmp_path / "ours" / "checkpoints-2") == ["checkpoint-2", "latest"]
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, single_world(), keep_last=2)
+    best = [(1,), (1,), (3, 1), (3, 1), (3, 5), (3, 5)]
+    for step, of in enumerate(best, 1):
+        save(checkpoints, step, best=of)
+    assert names(tmp_path / "checkpoints") == ["best", "checkpoint-3", "checkpoint-5", "checkpoint-6", "latest"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "checkpoint-3"
+
+
+def test_inside_of_a_step_comes_after_the_step_before_and_before_its_end(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, single_world(), keep_last=10)
+    for step, part in ((9, 0), (9, 2), (9, 10), (10, 0)):
+        save(checkpoints, step, part=part)
+        assert checkpoints.find("auto")[0] == tmp_path / "checkpoints" / Mark(step, part).folder
+    assert names(tmp_path / "checkpoints" / "checkpoint-9+2" / "progress") == ["step.safetensors"]
+
+
+def test_tensor_files_are_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "none": torch.zeros(0), "b": torch.arange(4).bfloat16(), "c": torch.tensor(7), "d": torch.tensor([True])}
+    files.write_tensors(tmp_path / "ours", tensors, {"state": "x"})
+    save_file(tensors, tmp_path / "theirs", {"state": "x"})
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() == tensors.keys()
+    assert all(torch.equal(ours[name], tensors[name]) and ours[name].dtype == tensors[name].dtype for name in tensors)
+    buffer = torch.arange(8.0)  # parts of one buffer, which `save_file` refuses
+    files.write_tensors(tmp_path / "parts", {"x": buffer[:3], "y": buffer[4:]}, {})
+    assert load_file(tmp_path / "parts")["y"].tolist() == [4, 5, 6, 7]
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Disks that fail, and kills
+
+
+def operations(tmp_path: Path) -> int:
+    """Of a second save that replaces the first (`keep_last: 1`)."""
+    count = 0
+
+    def note(operation: str, path: Path) -> None:
+        nonlocal count
+        count += 1
+
+    checkpoints = Checkpoints(tmp_path / "counted", single_world(), keep_last=1)
+    save(checkpoints, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "before", note)
+        save(checkpoints, 2)
+    assert count > 20
+    return count
+
+
+def at(number: int, act: Callable[[], None]) -> Callable[[str, Path], None]:
+    """`files.before` that acts at the operation of this number, and at all later ones."""
+    seen = 0
+
+    def before(operation: str, path: Path) -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= number:
+            act()
+
+    return before
+
+
+def fail() -> None:
+    raise OSError(errno.EIO, "the disk is broken")
+
+
+def test_every_operation_failed_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = set()
+    for number in range(1, operations(tmp_path) + 1):
+        run_dir = tmp_path / str(number)
+        checkpoints = Checkpoints(run_dir, single_world(), keep_last=1)
+        save(checkpoints, 1)
+        monkeypatch.setattr(files, "before", at(number, fail))
+        problem = save(checkpoints, 2)
+        monkeypatch.undo()
+        assert problem is not None and "broken" in problem
+        reached.add(assert_usable(run_dir, (1, 2)))
+        assert save(Checkpoints(run_dir, single_world(), keep_last=1), 3) is None
+        assert assert_usable(run_dir, (3,)) == 3
+    assert reached == {1, 2}
+
+
+def test_killed_at_every_operation_in_turn(tmp_path: Path) -> None:
+    reached = set()
+    for number in range(1, operations(tmp_path) + 1):
+        run_dir = tmp_path / str(number)
+        save(Checkpoints(run_dir, single_world(), keep_last=1), 1)
+        child = os.fork()
+        if child == 0:
+            files.before = at(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            save(Checkpoints(run_dir, single_world(), keep_last=1), 2)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        reached.add(assert_usable(run_dir, (1, 2)))
+        assert save(Checkpoints(run_dir, single_world(), keep_last=1), 3) is None
+        assert assert_usable(run_dir, (3,)) == 3
+    assert reached == {1, 2}
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """First there is room by the count but not for all of it, then not even by the count."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes rights that this user has not")
+    try:
+        checkpoints = Checkpoints(disk / "run", single_world(), keep_last=2)
+        assert save(checkpoints, 1) is None
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+        problem = save(checkpoints, 2)
+        assert problem is not None and "No space left on device" in problem
+        assert assert_usable(disk / "run", (1,)) == 1
+        with (disk / "filler").open("ab") as file:
+            file.write(bytes(shutil.disk_usage(disk).free))
+        problem = save(checkpoints, 3)
+        assert problem is not None and "make room, or lower checkpoint.keep_last" in problem
+        assert checkpoints.finish() == problem, "the end of the run must hear of it"
+        (disk / "filler").unlink()
+        assert save(checkpoints, 4) is None and checkpoints.finish() is None
+        assert assert_usable(disk / "run", (4,)) == 4
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip, Path.unlink])
+def test_every_file_spoilt_in_turn_is_named_and_the_one_before_used(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    pattern = tmp_path / "pattern"
+    checkpoints = Checkpoints(pattern, single_world(), keep_last=2)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    victims = [p.relative_to(pattern) for p in (pattern / "checkpoints" / "checkpoint-2").rglob("*") if p.is_file()]
+    assert len(victims) == 5
+    for number, victim in enumerate(victims):
+        run_dir = tmp_path / str(number)
+        shutil.copytree(pattern, run_dir, symlinks=True)
+        spoil(run_dir / victim)
+        found, remarks = Checkpoints(run_dir, single_world(), keep_last=2).find("auto")
+        assert found == run_dir / "checkpoints" / "checkpoint-1"
+        named = "manifest" if victim.name == "manifest.json" else str(victim.relative_to("checkpoints/checkpoint-2"))
+        assert named in remarks[0] and "damaged-checkpoint-2" in remarks[0]
+        assert (run_dir / "checkpoints" / "damaged-checkpoint-2").is_dir(), "what is left is kept"
+        assert (run_dir / "checkpoints" / "latest").resolve() == found
+        assert_usable(run_dir, (1,))
+
+
+def test_only_damaged_ones_are_no_fresh_start(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, single_world(), keep_last=2)
+    for step in (1, 2):
+        save(checkpoints, step)
+        flip(tmp_path / "checkpoints" / f"checkpoint-{step}" / "actor" / "rank-0-000.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint-2: actor/rank-0-000.safetensors is damaged, and there is none before it that is whole"):
+        checkpoints.find("auto")
+    assert names(tmp_path / "checkpoints") == ["checkpoint-1", "checkpoint-2", "latest"], "nothing is moved"
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Two ranks, and in the background
+
+
+class Half(Engine):
+    """A rank's own file."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(float(rank))
+        self.rank = rank
+
+    def state_files(self, copy: Callable[[Tensor], Tensor] = copy_to_host) -> Iterator[TensorFile]:
+        yield TensorFile(f"rank-{self.rank}-000.safetensors", {"value": copy(self.value)}, {"state": "{}"})
+
+
+def saves_of_two(world: World, folder: Path, background: bool) -> list[str | None]:
+    checkpoints, engine = Checkpoints(folder, world, keep_last=3, background=background), Half(world.rank)
+    problems = [checkpoints.save(Mark(1), {"actor": engine}, {}, (), export if world.is_main else None)]
+    engine.value += 10  # while the first is perhaps still written
+    if not background:
+        if world.rank == 1:
+            files.before = at(1, fail)
+        problems.append(checkpoints.save(Mark(2), {"actor": engine}, {}))
+        files.before = lambda operation, path: None
+        problems.append(checkpoints.save(Mark(3), {"actor": engine}, {}))
+    return [*problems, checkpoints.finish()]
+
+
+def test_what_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
+    for problems in run_ranks(saves_of_two, 2, tmp_path, False):
+        assert problems[0] is None and problems[2:] == [None, None]
+        assert "rank 1: OSError" in problems[1]
+    assert names(tmp_path / "checkpoints") == ["checkpoint-1", "checkpoint-3", "latest"]
+
+
+def test_background_writes_the_same_bytes(tmp_path: Path) -> None:
+    run_ranks(saves_of_two, 2, tmp_path / "at once", False)
+    for problems in run_ranks(saves_of_two, 2, tmp_path / "behind", True):
+        assert problems == [None, None]
+    first, second = (tmp_path / name / "checkpoints" / "checkpoint-1" for name in ("at once", "behind"))
+    assert damage(first) is None and damage(second) is None
+    same = [json.loads((folder / "manifest.json").read_text()) for folder in (first, second)]
+    assert same[0] == same[1] and any("rank-1" in name for name in same[0])
