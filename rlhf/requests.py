@@ -43,6 +43,7 @@ class Requests:
         self._longest_part = self._longest_save = 0.0  # seconds
         self._before: dict[int, object] = {}
         self._over = threading.Event()
+        self.leaving = False  # together with all ranks: everything is saved
 
     def __enter__(self) -> Requests:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGRTMIN):
@@ -69,10 +70,14 @@ class Requests:
         self.reason = self.reason or reason
 
     def _watch(self, above: list[psutil.Process]) -> None:
+        beside = above[0].children() if above else []
         while not self._over.wait(POLL_SECONDS):
-            for process in above:
-                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    return self._ask(STOP, "the launcher is gone")
+            if any(_is_gone(process) for process in above):
+                self._ask(STOP, "the launcher is gone")
+            # A launcher that has lost a rank sends SIGTERM to the others, one after another, and SIGKILL to each that is still there after 30 s:
+            # those that wait for the lost one in a collective.
+            if self.reason == "SIGTERM" and not self.leaving and any(_is_gone(process) for process in beside):
+                os._exit(128 + signal.SIGTERM)
 
     def poll(self) -> int:
         """SAVE, STOP or 0; SAVE only once."""
@@ -102,6 +107,13 @@ class Requests:
         """Tell the supervisor that this end was asked for."""
         if self._control:
             (self._control / "left").write_text(reason)
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def launchers() -> list[psutil.Process]:

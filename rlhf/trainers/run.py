@@ -220,6 +220,7 @@ class Run:
         """Leave, if that is what was asked for: everything is saved. (collective)"""
         if asked < STOP:
             return
+        self.requests.leaving = True
         problem = self.checkpoints.finish()  # (collective)
         reasons = [reason for reason in self.world.gather_objects(self.requests.reason) if reason]  # (collective)
         self.console.message(f"leaving: {reasons[0]}. " + (f"{problem}. " if problem else "") + "Started again, it goes on from here.")

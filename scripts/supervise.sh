@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Starts a job, and starts it again when it fails: it goes on from its newest checkpoint.
+#
+#     scripts/supervise.sh deepspeed --num_gpus 8 train_rlhf.py --config recipe.yaml
+#
+# Stops, with the job's exit code, when the job is done or refuses its recipe (2), or has failed FAILURES times (4) without a new checkpoint in between; waits
+# longer from time to time. SIGTERM, SIGUSR1 or Ctrl-C: all ranks save at their next common boundary and leave; then it ends with 75, "start me again".
+# What every attempt that failed has printed is kept in RUN_DIR/attempts. No process of an attempt outlives it.
+set -uo pipefail
+
+failures_allowed=${FAILURES:-4}
+grace=${GRACE:-60}         # seconds in which ranks may save and leave when their launcher is gone
+longest_pause=${PAUSE:-300} # seconds between two attempts, at most; the first is 5
+
+if [ $# -eq 0 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+
+RLHF_CONTROL=$(mktemp -d)
+export RLHF_CONTROL
+job=
+failed=0
+mark=
+log=$RLHF_CONTROL/log
+
+say() { echo "supervise: $*" >&2; }
+alive() { kill -0 -- "-$job" 2>/dev/null; }
+
+ask() {
+    echo "$1 at the supervisor" > "$RLHF_CONTROL/stop.new" && mv "$RLHF_CONTROL/stop.new" "$RLHF_CONTROL/stop"
+    [ -n "$pause" ] && kill "$pause" 2>/dev/null
+}
+pause=
+trap 'ask SIGTERM' TERM
+trap 'ask SIGUSR1' USR1
+trap 'ask SIGINT' INT
+
+leave() {
+    rm -rf "$RLHF_CONTROL"
+    exit "$1"
+}
+
+keep_log() {  # the evidence
+    local folder
+    folder=$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null) || return 0
+    mkdir -p "$folder/attempts" && cp "$log" "$folder/attempts/$(date +%Y%m%d-%H%M%S)-exit-$1.log" && say "what it printed: $folder/attempts"
+}
+
+for ((attempt = 1; ; attempt++)); do
+    rm -f "$RLHF_CONTROL/left"
+    # A session and a process group of its own, so that all of it can be found, and so that a signal to ours does not end its launcher.
+    setsid "$@" > >(tee "$log") 2>&1 &
+    job=$!
+    while kill -0 "$job" 2>/dev/null; do
+        wait "$job"  # a signal to us ends the waiting, not the job
+    done
+    wait "$job"
+    code=$?
+    for ((i = 0; i < grace * 10; i++)); do
+        alive || break
+        sleep 0.1
+    done
+    alive && say "processes were left after $grace s: killed" && kill -KILL -- "-$job"
+
+    [ "$code" -eq 0 ] && leave 0
+    if [ -e "$RLHF_CONTROL/left" ]; then
+        say "saved and left: $(cat "$RLHF_CONTROL/left")"
+        leave 75
+    fi
+    [ "$code" -eq 2 ] && leave 2
+    keep_log "$code"
+    if [ -e "$RLHF_CONTROL/stop" ]; then
+        say "asked to leave, and the job ended with $code: the newest checkpoint is an older one"
+        leave 75
+    fi
+    newest=$(readlink "$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null)/checkpoints/latest" 2>/dev/null || echo none)
+    if [ "$newest" = "$mark" ]; then
+        failed=$((failed + 1))
+    else
+        failed=1
+        mark=$newest
+    fi
+    if [ "$failed" -ge "$failures_allowed" ]; then
+        say "attempt $attempt ended with $code: failure $failed after the same checkpoint ($newest). Not started again."
+        leave "$code"
+    fi
+    seconds=$((5 << (failed - 1)))
+    [ "$seconds" -gt "$longest_pause" ] && seconds=$longest_pause
+    say "attempt $attempt ended with $code, newest checkpoint: $newest. Next attempt in $seconds s."
+    sleep "$seconds" &
+    pause=$!
+    wait "$pause"
+    pause=
+    [ -e "$RLHF_CONTROL/stop" ] && leave 75
+done

@@ -1,0 +1,172 @@
+"""What the tests that disturb real jobs share: a tiny recipe, a hook into its phases, the job under its supervisor, what must be true of its end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf.checkpoint import Mark, damage
+from tests.e2e.programs import ROOT, command, environment, make_model, reversal_rows, write_jsonl, write_recipe
+
+HOOK = '''
+"""A reward, and a hook: when the phase CHAOS_AT="PHASE-STEP" begins, each rank leaves a file CHAOS_NOTES/RANK and waits a second."""
+
+import os
+import time
+from pathlib import Path
+
+from rlhf.metrics.timing import PhaseTimer
+
+at, begun, whole = os.environ.get("CHAOS_AT"), {"gen": 0}, PhaseTimer.phase
+
+
+def phase(self, name, *arguments, **keywords):
+    begun["gen"] += name == "gen"
+    if at == f"{name}-{begun['gen']}":
+        Path(os.environ["CHAOS_NOTES"], os.environ["RANK"]).write_text("here")
+        time.sleep(1)
+    return whole(self, name, *arguments, **keywords)
+
+
+if "RANK" in os.environ:
+    PhaseTimer.phase = phase
+
+
+def letters(completions, **columns):
+    return [sum(c < "n" for c in text) / 6 for text in completions]
+'''
+
+
+def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
+    """The recipe: PPO on two ranks with a checkpoint after every step."""
+    make_model(folder / "base")
+    write_jsonl(folder / "rows.jsonl", reversal_rows(200))
+    write_jsonl(folder / "held_out.jsonl", reversal_rows(40, seed=1))
+    (folder / "python").mkdir()
+    (folder / "python" / "chaos_hook.py").write_text(HOOK)
+    recipe = {
+        "task": "rl",
+        "run_dir": folder / "run",
+        "threads": 1,
+        "actor": {"path": folder / "base", "learning_rate": 2e-3},
+        "critic": {"init": "actor", "learning_rate": 2e-3},
+        "data": {"train": {"path": folder / "rows.jsonl"}},
+        "reward": {"components": [{"function": "chaos_hook:letters"}]},
+        "rollout": {"prompts": 16, "group_size": 1, "max_new_tokens": 6},
+        "algorithm": {"name": "ppo", "kl": {"coef": 0.01, "controller": "adaptive", "target": 1.0, "horizon": 1000}, "minibatches": 2},
+        "validation": {"data": {"path": folder / "held_out.jsonl", "size": 8}, "verifier": "exact_match", "every": 1},
+        "train": {"steps": steps, "micro_batch": 8},
+        "checkpoint": {"every": 1, "keep_last": 2, "save_hf": False},
+        **changes,
+    }
+    return write_recipe(folder / "recipe.yaml", recipe)
+
+
+class Job:
+    """`scripts/supervise.sh deepspeed train_rlhf.py`, with two ranks."""
+
+    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", **env: str) -> None:
+        self.run_dir, self.notes = run_dir, run_dir.with_name(f"{run_dir.name}-notes")
+        self.notes.mkdir(exist_ok=True)
+        self.log = run_dir.with_name(f"{run_dir.name}.log")
+        mine = {"PYTHONPATH": str(recipe.parent / "python"), "CHAOS_NOTES": str(self.notes), "CHAOS_AT": at, "PAUSE": "0", **env}
+        supervisor = ["bash", str(ROOT / "scripts" / "supervise.sh")]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*supervisor, *command("deepspeed", ["--config", str(recipe), f"run_dir={run_dir}", *arguments])],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment(**mine),
+                cwd=recipe.parent,
+            )
+        self.seen: dict[int, psutil.Process] = {}
+
+    def family(self) -> dict[int, psutil.Process]:
+        """All processes that the job has, or has had when this was called before."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.seen |= {p.pid: p for p in psutil.Process(self.process.pid).children(recursive=True)}
+        return self.seen
+
+    def ranks(self) -> list[psutil.Process]:
+        """Those that live, by rank."""
+        found = {}
+        for process in self.family().values():
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                if (rank := re.search(r"train_rlhf.py --local_rank=(\d)", line)) and "launch" not in line:
+                    found[int(rank[1])] = process
+        return [found[rank] for rank in sorted(found)]
+
+    def launcher(self) -> psutil.Process | None:
+        """The process that `deepspeed` itself is."""
+        for process in self.family().values():
+            with contextlib.suppress(psutil.Error):
+                line = process.cmdline()
+                if len(line) > 1 and line[1].endswith("/deepspeed"):
+                    return process
+        return None
+
+    def wait_for_phase(self, seconds: float = 200) -> None:
+        """Until all ranks have begun the phase `at`."""
+        end = time.monotonic() + seconds
+        while len(list(self.notes.iterdir())) < 2:
+            assert self.process.poll() is None and time.monotonic() < end, f"it never came:\n{self.log.read_text()[-5000:]}"
+            time.sleep(0.01)
+        self.family()
+
+    def wait(self, seconds: float = 300) -> int:
+        """The exit code; nothing that it started may be left."""
+        end = time.monotonic() + seconds
+        try:
+            while self.process.poll() is None:
+                assert time.monotonic() < end, f"still running after {seconds} s:\n{self.log.read_text()[-5000:]}"
+                self.family()
+                time.sleep(0.2)
+            _, left = psutil.wait_procs(list(self.family().values()), 10)
+            assert not left, f"orphans: {[(p.pid, p.cmdline()) for p in left]}"
+        finally:
+            self.kill()
+        return int(self.process.returncode)
+
+    def kill(self) -> None:
+        for process in [*self.family().values()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def newest(run_dir: Path) -> Path:
+    """The newest checkpoint, which is whole."""
+    folders = {mark: p for p in (run_dir / "checkpoints").iterdir() if not p.is_symlink() and (mark := Mark.of(p))}
+    found = folders[max(folders)]
+    assert damage(found) is None
+    assert (run_dir / "checkpoints" / "latest").resolve() == found.resolve()
+    return found
+
+
+def digest(run_dir: Path, step: int) -> str:
+    """SHA-256 of all that the ranks keep of the models after a step, and of every step's samples."""
+    whole = hashlib.sha256()
+    files = sorted((run_dir / "checkpoints" / f"checkpoint-{step}").glob("*/rank-*-*.safetensors"))
+    assert len(files) == 4, files
+    for file in [*files, *sorted((run_dir / "samples").glob("training-*.jsonl"))]:
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def undisturbed(recipe: Path, run_dir: Path, steps: int) -> str:
+    """The digest of the run that nobody touches."""
+    job = Job(recipe, run_dir)
+    assert job.wait() == 0, job.log.read_text()[-5000:]
+    return digest(run_dir, steps)
