@@ -74,7 +74,6 @@ class Checkpoints:
         self.pinned = PinnedCopies() if background and world.device.type == "cuda" else None
         self._writer: threading.Thread | None = None
         self._problem: str | None = None  # of the last save; known to all ranks once it is over
-        self._saves = 0
 
     def save(
         self,
@@ -90,7 +89,6 @@ class Checkpoints:
         export, progress: of rank 0. What keeps this or the last save from being complete is returned, the same on every rank, and all earlier
         checkpoints are there; in the background, only what kept the last one."""
         earlier = self.finish()  # (collective)
-        self._saves += 1
         size = self.world.global_sum({"bytes": float(sum(engine.state_bytes() for engine in engines.values()))})["bytes"]  # (collective)
         if problem := self.world.broadcast_object(self._no_room(size) if self.world.is_main else None):  # (collective)
             self._problem = problem
@@ -110,6 +108,11 @@ class Checkpoints:
             return earlier
         self._write(mark, contents, facts, best, export)
         return self.finish()  # (collective)
+
+    @property
+    def writing(self) -> bool:
+        """In the background, on this rank."""
+        return self._writer is not None and self._writer.is_alive()
 
     def finish(self) -> str | None:
         """Wait for what is written in the background; what kept the last save from being complete. (collective)"""
@@ -151,7 +154,7 @@ class Checkpoints:
                 files.remove(temporary)
         except OSError as error:
             problem = str(error)
-        self.world.exchange(f"checkpoint/{self._saves}/begin", "")
+        self.world.exchange("checkpoint", "")
         try:
             for folder, file in contents:
                 if problem is None:  # what is left is still taken, as other ranks may wait for this one there
@@ -162,7 +165,7 @@ class Checkpoints:
                 export(temporary)
         except Exception as error:  # whatever a disk and a library may raise: the run does not end with it
             problem = f"{type(error).__name__}: {error}"
-        found = [json.loads(text) for text in self.world.exchange(f"checkpoint/{self._saves}/written", json.dumps([written, problem]))]
+        found = [json.loads(text) for text in self.world.exchange("checkpoint", json.dumps([written, problem]))]
         if not self.world.is_main:
             return
         problem = next((f"rank {rank}: {theirs}" for rank, (_, theirs) in enumerate(found) if theirs), None)

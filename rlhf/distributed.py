@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ class World:
     _meetings: int = field(default=0, repr=False)
     _queues: int = field(default=0, repr=False)
     _left: str | None = field(default=None, repr=False)
-    _exchanged: str | None = field(default=None, repr=False)
+    _exchanges: Counter[str] = field(default_factory=Counter, repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
     _follower: threading.Thread | None = field(default=None, repr=False)
 
@@ -193,12 +194,13 @@ class World:
             self.store.delete_key(self._left)
         self._left = keys[self.rank]
 
-    def exchange(self, key: str, value: str) -> list[str]:
-        """Every rank's value, in rank order, on every rank. Over the store, from any thread, and no collective: but all ranks call it in the same
-        order with the same keys, a new one each time."""
+    def exchange(self, topic: str, value: str) -> list[str]:
+        """Every rank's value, in rank order, on every rank. Over the store, from any thread, and no collective: but the n-th call for a topic on
+        one rank belongs to the n-th on every other."""
         if self.store is None:
             return [value]
-        keys = [f"{key}/{r}" for r in range(self.size)]
+        self._exchanges[topic] += 1
+        keys = [f"{topic}/{self._exchanges[topic]}/{r}" for r in range(self.size)]
         self.store.set(keys[self.rank], value)
         found = []
         for each in keys:
@@ -206,9 +208,7 @@ class World:
                 time.sleep(0.01)
             found.append(self.store.get(each).decode())
         # Everybody has begun this exchange, so everybody has what the one before was for.
-        if self._exchanged is not None:
-            self.store.delete_key(self._exchanged)
-        self._exchanged = keys[self.rank]
+        self.store.delete_key(f"{topic}/{self._exchanges[topic] - 1}/{self.rank}")
         return found
 
     def most(self, value: int) -> int:

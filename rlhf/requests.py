@@ -23,6 +23,7 @@ SAVE, STOP = 1, 2
 
 CONTROL = "RLHF_CONTROL"  # a folder through which scripts/supervise.sh talks to rank 0
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "torch.distributed", "supervise.sh")
+GONE = "the launcher is gone"
 POLL_SECONDS = 1.0
 
 max_time: float | None = None  # seconds from the start of this process; set by the command line
@@ -73,7 +74,7 @@ class Requests:
         beside = above[0].children() if above else []
         while not self._over.wait(POLL_SECONDS):
             if any(_is_gone(process) for process in above):
-                self._ask(STOP, "the launcher is gone")
+                self._ask(STOP, GONE)
             # A launcher that has lost a rank sends SIGTERM to the others, one after another, and SIGKILL to each that is still there after 30 s:
             # those that wait for the lost one in a collective.
             if self.reason == "SIGTERM" and not self.leaving and any(_is_gone(process) for process in beside):
@@ -104,8 +105,8 @@ class Requests:
         self._polled = None
 
     def leave(self, reason: str) -> None:
-        """Tell the supervisor that this end was asked for."""
-        if self._control:
+        """Tell the supervisor that this end was asked for: it does not start the job again."""
+        if self._control and reason != GONE:
             (self._control / "left").write_text(reason)
 
 

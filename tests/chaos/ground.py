@@ -17,27 +17,64 @@ from rlhf.checkpoint import Mark, damage
 from tests.e2e.programs import ROOT, command, environment, make_model, reversal_rows, write_jsonl, write_recipe
 
 HOOK = '''
-"""A reward, and a hook: when the phase CHAOS_AT="PHASE-STEP" begins, each rank leaves a file CHAOS_NOTES/RANK and waits a second."""
+"""A reward, and hooks into the ranks.
+
+CHAOS_AT="PHASE-STEP": when that phase begins, each rank leaves a file CHAOS_NOTES/RANK and waits a second.
+CHAOS_KILL="RANK WHO EVENT SECONDS": at an event of that rank, once in all attempts, WHO (rank or launcher) gets SIGKILL so many seconds later;
+EVENT is PHASE-STEP, or file-NUMBER: the operation of a checkpoint on a file.
+"""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
+import psutil
+
+from rlhf import files
 from rlhf.metrics.timing import PhaseTimer
 
-at, begun, whole = os.environ.get("CHAOS_AT"), {"gen": 0}, PhaseTimer.phase
+rank, at, notes = os.environ.get("RANK"), os.environ.get("CHAOS_AT"), Path(os.environ["CHAOS_NOTES"])
+begun, whole = {"gen": 0, "file": 0}, PhaseTimer.phase
+victim, who, event, seconds = os.environ.get("CHAOS_KILL", "- - - 0").split()
+
+
+def kill():
+    with (notes / "killed").open("w") as file:
+        file.write(f"{who} {event}")
+        file.flush()
+        os.fsync(file.fileno())
+    parents = [p for p in psutil.Process().parents() if "deepspeed" in " ".join(p.cmdline())]
+    target = psutil.Process() if who == "rank" else [p for p in parents if "supervise.sh" not in " ".join(p.cmdline())][-1]
+    target.send_signal(signal.SIGKILL)
+
+
+def happens(name):
+    if rank == victim and name == event and not (notes / "killed").exists():
+        if float(seconds):
+            threading.Timer(float(seconds), kill).start()
+        else:
+            kill()
 
 
 def phase(self, name, *arguments, **keywords):
     begun["gen"] += name == "gen"
-    if at == f"{name}-{begun['gen']}":
-        Path(os.environ["CHAOS_NOTES"], os.environ["RANK"]).write_text("here")
+    here = f"{name}-{begun['gen']}"
+    if at == here:
+        (notes / rank).write_text("here")
         time.sleep(1)
+    happens(here)
     return whole(self, name, *arguments, **keywords)
 
 
-if "RANK" in os.environ:
-    PhaseTimer.phase = phase
+def before(operation, path):
+    begun["file"] += 1
+    happens(f"file-{begun['file']}")
+
+
+if rank is not None:
+    PhaseTimer.phase, files.before = phase, before
 
 
 def letters(completions, **columns):
@@ -73,11 +110,11 @@ def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
 class Job:
     """`scripts/supervise.sh deepspeed train_rlhf.py`, with two ranks."""
 
-    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", **env: str) -> None:
+    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "- - - 0") -> None:
         self.run_dir, self.notes = run_dir, run_dir.with_name(f"{run_dir.name}-notes")
         self.notes.mkdir(exist_ok=True)
         self.log = run_dir.with_name(f"{run_dir.name}.log")
-        mine = {"PYTHONPATH": str(recipe.parent / "python"), "CHAOS_NOTES": str(self.notes), "CHAOS_AT": at, "PAUSE": "0", **env}
+        mine = {"PYTHONPATH": str(recipe.parent / "python"), "CHAOS_NOTES": str(self.notes), "CHAOS_AT": at, "CHAOS_KILL": kill, "PAUSE": "0"}
         supervisor = ["bash", str(ROOT / "scripts" / "supervise.sh")]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(

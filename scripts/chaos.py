@@ -1,0 +1,75 @@
+"""Kills jobs at random, and looks whether the supervisor brings each to the end of the run that nobody touched.
+
+    python scripts/chaos.py --kills 100 [--seed 0] [--first 0] [--out folder]
+
+A job is PPO on two CPU ranks under `scripts/supervise.sh deepspeed`. Each gets one SIGKILL: at a rank or at the launcher; some time into a phase
+of a step, or at an operation of a checkpoint on a file (writing, syncing, renaming, deleting). It is right if in the end its weights, optimizer
+states and samples have the SHA-256 of the undisturbed run, and no process is left. JSON, a line for each kill, then one for all. Exit code 1 if one
+is not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.chaos.ground import Job, digest, make_ground, undisturbed
+
+STEPS = 3
+PHASES = ("gen", "reward", "ref", "values", "old_log_prob", "update_actor", "update_critic", "hand_over", "testing", "save_checkpoint")
+FILE_OPERATIONS = {0: 75, 1: 15}  # rank -> about so many in a run
+
+
+def plan(seed: int) -> str:
+    """The kill of this number, as the hook reads it."""
+    random_ = random.Random(seed)
+    rank = random_.randrange(2)
+    who = "launcher" if random_.random() < 0.2 else "rank"
+    if random_.random() < 0.5:
+        return f"{rank} {who} {random_.choice(PHASES)}-{random_.randint(1, STEPS)} {random_.choice([0, 0.01, 0.05, 0.2])}"
+    return f"{rank} {who} file-{random_.randint(1, FILE_OPERATIONS[rank])} 0"
+
+
+def disturbed(recipe: Path, run_dir: Path, kill: str, expected: str) -> dict[str, object]:
+    """One job."""
+    started = time.monotonic()
+    job = Job(recipe, run_dir, kill=kill)
+    found: dict[str, object] = {"kill": kill}
+    try:
+        code = job.wait(600)
+        found |= {"hit": (job.notes / "killed").exists(), "exit": code, "same": code == 0 and digest(run_dir, STEPS) == expected}
+    except AssertionError as error:
+        found |= {"hit": (job.notes / "killed").exists(), "same": False, "error": str(error)[-2000:]}
+    return found | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="number of the first kill, to go on with an earlier series")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a new folder; default: a temporary one")
+    arguments = parser.parse_args()
+    folder = arguments.out or Path(tempfile.mkdtemp(prefix="chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = make_ground(folder, STEPS)
+    expected = undisturbed(recipe, folder / "undisturbed", STEPS)
+    right = hit = 0
+    for number in range(arguments.first, arguments.first + arguments.kills):
+        found = disturbed(recipe, folder / f"run-{number}", plan(1000 * arguments.seed + number), expected)
+        right += bool(found["same"])
+        hit += bool(found["hit"])
+        print(json.dumps({"number": number, **found}), flush=True)
+    print(json.dumps({"kills": arguments.kills, "hit": hit, "same": right, "sha256": expected, "folder": str(folder)}), flush=True)
+    return 0 if right == hit == arguments.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
