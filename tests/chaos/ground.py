@@ -196,7 +196,7 @@ def digest(run_dir: Path, step: int) -> str:
     """SHA-256 of all that the ranks keep of the models after a step, and of every step's samples."""
     whole = hashlib.sha256()
     files = sorted((run_dir / "checkpoints" / f"checkpoint-{step}").glob("*/rank-*-*.safetensors"))
-    assert len(files) == 4, files
+    assert files, run_dir
     for file in [*files, *sorted((run_dir / "samples").glob("training-*.jsonl"))]:
         whole.update(file.read_bytes())
     return whole.hexdigest()
