@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Finished, Ground, grpo_recipe, ppo_recipe, sft_recipe
-from tests.e2e.programs import Program, checkpoints, engine_hashes, metrics, run, sample_files, samples, steps, succeed, weight_hashes
+from tests.e2e.programs import Program, checkpoints, engine_hashes, metrics, sample_files, samples, steps, succeed, weight_hashes
 
 pytestmark = pytest.mark.timeout(600)
 
