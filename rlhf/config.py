@@ -384,6 +384,12 @@ class TrainConfig(Section):
         description="tokens per forward on a rank instead of rows: forwards of equal length, as few as will do; needs packing. auto: as many as "
         "the memory plan has room for, 16,384 without a GPU",
     )
+    bad_steps: int = Field(
+        3,
+        ge=0,
+        description="steps in a row whose gradients, logprobs or values are not finite, or that exploded, before weights go back to the last good "
+        "checkpoint; after as many again the run stops, with the batch in the run folder",
+    )
     packing: bool = Field(True, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
 
     @model_validator(mode="after")

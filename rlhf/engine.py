@@ -519,6 +519,7 @@ class FrozenEngine:
 class StepResult:
     grad_norm: float
     learning_rate: float
+    applied: bool = True  # False: the gradient of all ranks together is not finite, and no weight has changed
 
 
 def learning_rate_at(config: TrainedModelConfig, step: int, total_steps: int) -> float:
@@ -601,6 +602,9 @@ class TrainEngine:
     def _norm_at_stage_0(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self._norm0 = float(torch.nn.utils.clip_grad_norm_(parameters, self._clip if self._clip > 0 else math.inf))
+        if not math.isfinite(self._norm0):  # ZeRO's own optimizers look at it themselves
+            for parameter in parameters:
+                parameter.grad = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward with gradients. (collective under ZeRO-3)"""
@@ -636,7 +640,7 @@ class TrainEngine:
             )
 
     def step(self) -> StepResult:
-        """Apply what was accumulated since the last step. (collective)"""
+        """Apply what was accumulated since the last step, unless its norm over all ranks is not finite. (collective)"""
         rate = learning_rate_at(self.config, self.optimizer_steps, self.total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -653,7 +657,8 @@ class TrainEngine:
         self.optimizer_steps += 1
         self._window_open = False
         norm = self._norm0 if self.stage == 0 else self._engine.get_global_grad_norm()
-        return StepResult(float("nan") if norm is None else float(norm), rate)
+        norm = float("nan") if norm is None else float(norm)
+        return StepResult(norm, rate, applied=math.isfinite(norm))
 
     def full_tensors(self, layout: Sequence[WeightSource]) -> Iterator[tuple[str, Tensor]]:
         """`full_tensors` of this model's weights. (collective)"""

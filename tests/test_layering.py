@@ -24,6 +24,7 @@ LAYERS = {
     "rlhf.requests": 2,
     "rlhf.state": 2,
     "rlhf.progress": 3,
+    "rlhf.guards": 4,
     "rlhf.engine": 3,
     "rlhf.rollout": 3,
     "rlhf.rewards": 3,

@@ -92,6 +92,8 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
             "reward_model/grad_norm": result.grad_norm,
             "reward_model/lr": result.learning_rate,
         }
+        problem = None if result.applied else "the gradient is not finite"
+        good = run.judge(step, problem, metrics, {"reward_model": engine})  # (collective)
         measured: dict[str, float] = {}
         if held_out and (step % config.validation.every == 0 or step == steps):
             with run.timer.phase("testing"):
@@ -103,7 +105,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         run.timer.add("update_reward_model", tokens // world.size, update_flops(shape, lengths, 2 * len(batch), role.lora is not None) / world.size)
         peak = device_peak_flops()
         timing = partial(run.timer.metrics, peak, step_tokens=tokens // world.size, actor_memory_mb=run.meter.most_allocated_mb())
-        save = new_best or run.is_due(step, steps)
+        save = good and (new_best or run.is_due(step, steps))
         state = {"sampler": sampler.state_dict()}
         run.end_step(step, metrics, {"reward_model": engine}, state, "reward_model", save, statistics=statistics, timing=timing)
     run.finish()

@@ -5,16 +5,19 @@ One step reads top to bottom in `train_rl`. Calls marked (collective) are made b
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.batching import MicroBatchPlan, collate, plan_micro_batches, split_minibatches
 from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_origin, hybrid_engine_words
@@ -22,6 +25,8 @@ from rlhf.data import DrawSampler, load_prompts
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, StepResult, TrainEngine, loading_context
 from rlhf.experience import ExperiencePasses, gather_results, gather_rollout, kl_per_response, make_experience, scored_together
+from rlhf.files import write_tensors
+from rlhf.guards import tensors_of, unusable
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
 from rlhf.models.compiling import compile_layers
 from rlhf.models.forward import response_logprobs, response_values
@@ -162,7 +167,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         by_models = progress.once("reward models", judged) if models.rewards.has_models else {}
         experience, update = learn(models, config, timer, rollout, scored, step, kl_controller.coef, world, progress)
         metrics = describe_experience(experience, kl_controller.coef) | update.metrics()  # (collective)
-        if experience.ref_logprobs is not None and bool(experience.mask.any()):
+        good = run.judge(step, update.problem, metrics, models.engines, lambda folder: save_batch(folder, experience, tokenizer))
+        if good and experience.ref_logprobs is not None and bool(experience.mask.any()):
             kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
 
         with timer.phase("hand_over"):
@@ -179,7 +185,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         if world.is_main:
             write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
         new_best = bool(measured) and best.offer(step, measured)
-        save = new_best or run.is_due(step, steps)
+        save = good and (new_best or run.is_due(step, steps))
         timing = partial(accounting, step, rollout, actor_updates=len(update.steps["actor"]))
         run.end_step(step, metrics, models.engines, state(), "actor", save, timing=timing)
 
@@ -421,6 +427,10 @@ def learn(
     experience = make_experience(rollout, scored, scorers, first_epoch, config.algorithm, kl_coef, world, progress)
     if isinstance(models.reference, FrozenEngine):
         models.reference.release()
+    if problem := unusable(experience):
+        if experience.old_logprobs is None:
+            experience.old_logprobs = torch.zeros(experience.mask.shape)
+        return experience, UpdateMetrics(world, problem)
     return experience, update_models(models, config, timer, experience, step, kl_coef, world, progress)
 
 
@@ -528,6 +538,12 @@ def micro_batch_of(experience: Experience, part: MicroBatchPlan, packing: bool =
     return collate(r.input_ids, r.prompt_lengths, r.response_lengths, e.mask, part, columns, packing)
 
 
+def save_batch(folder: Path, experience: Experience, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Everything of a batch, for a look at what went wrong: tensors, and texts with their scores."""
+    write_tensors(folder / "experience.safetensors", tensors_of(experience), {})
+    write_training_samples(folder / "samples.jsonl", experience, tokenizer, len(experience.rollout))
+
+
 def policy_loss(forward: Callable[..., Any], batch: MicroBatch, config: Config, kl_coef: float) -> LossOutput:
     """Policy loss + KL term - entropy bonus, summed over this micro-batch."""
     algorithm, mask, columns = config.algorithm, batch.mask, batch.columns
@@ -577,8 +593,9 @@ def probes(models: Models) -> dict[str, Loss]:
 class UpdateMetrics:
     """Sums over micro-batches and ranks, divided once by the tokens of each optimizer step (trap 30), then averaged over the steps."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, problem: str | None = None) -> None:
         self.world = world
+        self.problem = problem  # why the update, or a part of it, has not been made
         self.sums: dict[str, Tensor] = {}  # on the device: reading them would wait for it in every micro-batch
         self.steps: dict[str, list[StepResult]] = defaultdict(list)
         self.skipped = 0
@@ -589,6 +606,8 @@ class UpdateMetrics:
 
     def stepped(self, model: str, result: StepResult) -> None:
         self.steps[model].append(result)
+        if not result.applied:
+            self.problem = f"the {model}'s gradient is not finite"
 
     def state_dict(self) -> dict[str, float]:
         """For `Progress`."""
@@ -605,7 +624,7 @@ class UpdateMetrics:
                 self.sums[name.removeprefix("sum/")] = torch.tensor(value, dtype=torch.float32, device=self.world.device)
         for model in ("actor", "critic"):
             while (norm := state.get(f"{model}/{len(self.steps[model])}/grad_norm")) is not None:
-                self.steps[model].append(StepResult(norm, state[f"{model}/{len(self.steps[model])}/learning_rate"]))
+                self.stepped(model, StepResult(norm, state[f"{model}/{len(self.steps[model])}/learning_rate"], math.isfinite(norm)))
             if not self.steps[model]:
                 del self.steps[model]
 

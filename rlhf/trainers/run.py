@@ -27,6 +27,7 @@ from rlhf.checkpoint import Checkpoints, Export, Mark, Saved
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
 from rlhf.distributed import EXIT_AGAIN, World, device_names
 from rlhf.engine import TrainEngine, loading_context
+from rlhf.guards import Action, Guard
 from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, longest_row, plan_memory
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
@@ -85,7 +86,11 @@ class Run:
     longest: int  # tokens of the longest row
     plan: Plan = field(default_factory=Plan)
     requests: Requests = field(default_factory=Requests)
+    guard: Guard = field(init=False)
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.config.train.bad_steps)
 
     @property
     def on_gpu(self) -> bool:
@@ -149,6 +154,7 @@ class Run:
         self.state = self.checkpoints.load(self.resume_from, engines)
         if self.state["best"]["metric"] == self.best.metric:  # values of another metric cannot be compared
             self.best.top = [(value, step) for value, step in self.state["best"]["top"]][: self.best.keep]
+        self.guard.load_state_dict(self.state["guard"])
         step = int(self.state["step"])
         if self.state["part"]:
             done = f"going on inside of step {step + 1}"
@@ -171,6 +177,45 @@ class Run:
         if self.resume_from is not None and self.state["part"] and self.state["step"] == step - 1:
             kept = load_file(self.resume_from / "progress" / PROGRESS)
         return Progress(boundary, kept, self.world)
+
+    def judge(
+        self,
+        step: int,
+        problem: str | None,
+        metrics: dict[str, float],
+        engines: dict[str, TrainEngine],
+        save_batch: Callable[[Path], None] = lambda folder: None,
+    ) -> bool:
+        """Whether a step was good; what was not is skipped, leads back to the last good checkpoint, or ends the run. Adds to `metrics`. (collective)
+
+        Raises RuntimeError where the run ends."""
+        action, problem, remarks = self.guard.judge(problem, metrics)
+        for remark in remarks:
+            self.console.message(f"step {step}: {remark}")
+        metrics |= {"guard/bad_steps": float(self.guard.bad), "guard/rolled_back": float(action is Action.ROLL_BACK)}
+        if problem is None:
+            return True
+        found = None
+        if action is Action.ROLL_BACK:
+            problem_of_save = self.checkpoints.finish()  # (collective)
+            found, said = self.checkpoints.find("auto")  # (collective)
+            for remark in [problem_of_save, *said]:
+                if remark:
+                    self.console.message(remark)
+            if found is None:
+                action = Action.STOP
+        self.console.message(f"step {step}: {problem}: " + (f"weights go back to {found.name}" if found else action.value))
+        if found is not None:
+            self.checkpoints.load(found, engines)  # (collective)
+        if action is Action.STOP:
+            folder = self.config.run_dir / f"bad-step-{step:06}"
+            if self.world.is_main:
+                folder.mkdir(exist_ok=True)
+                (folder / "why.txt").write_text(f"{problem}\n")
+                (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+                save_batch(folder)
+            raise RuntimeError(f"step {step}: {problem}, and so were steps before it; its batch is in {folder}")
+        return False
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether the recipe wants a checkpoint of this step."""
@@ -209,9 +254,9 @@ class Run:
     def _save(
         self, mark: Mark, state: dict[str, Any], engines: dict[str, TrainEngine], export: Export | None = None, progress: TensorFile | None = None
     ) -> None:  # (collective)
-        best = {"metric": self.best.metric, "top": self.best.top}
+        state |= {"best": {"metric": self.best.metric, "top": self.best.top}, "guard": self.guard.state_dict()}
         started = time.monotonic()
-        problem = self.checkpoints.save(mark, engines, {**state, "best": best}, self.best.steps, export, progress)
+        problem = self.checkpoints.save(mark, engines, state, self.best.steps, export, progress)
         self.requests.saved(time.monotonic() - started)
         if problem:
             self.console.message(f"{problem}. Training goes on; the checkpoints before it are whole.")

@@ -72,6 +72,8 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
             "actor/grad_norm": result.grad_norm,
             "actor/lr": result.learning_rate,
         }
+        problem = None if result.applied else "the gradient is not finite"
+        good = run.judge(step, problem, metrics, {"actor": actor})  # (collective)
         measured: dict[str, float] = {}
         if held_out and (step % config.validation.every == 0 or step == steps):
             with run.timer.phase("testing"):
@@ -84,7 +86,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
         )
         peak = device_peak_flops()
         timing = partial(run.timer.metrics, peak, step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=run.meter.most_allocated_mb())
-        save = new_best or run.is_due(step, steps)
+        save = good and (new_best or run.is_due(step, steps))
         run.end_step(step, metrics, {"actor": actor}, {"sampler": sampler.state_dict()}, "actor", save, timing=timing)
     run.finish()
 
