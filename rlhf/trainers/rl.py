@@ -40,8 +40,10 @@ from rlhf.ops.kl import KLController, kl_loss
 from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
 from rlhf.preflight import roles
-from rlhf.rewards import FunctionReward, RewardModel, Rewards
-from rlhf.rewards.compose import EarlyScorer
+from rlhf.rewards.compose import EarlyScorer, Rewards
+from rlhf.rewards.functions import FunctionReward
+from rlhf.rewards.model import RewardModel
+from rlhf.rewards.pool import Pool
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import is_lean
 from rlhf.trainers.probe import Loss, fit_budget
@@ -100,7 +102,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     longest = check_lengths(config, prompts, held_out)
     run.expect(longest)  # (collective)
     config = run.config  # with what was left to the memory plan
-    models = build_models(run, longest)
+    named = [component.function for component in config.reward.components if component.function] + ([verifier.path] if verifier else [])
+    pool = cleanup.enter_context(Pool(named, config.reward.workers, config.reward.timeout))  # imports while models load
+    models = build_models(run, longest, pool)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
     validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
@@ -133,10 +137,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         timer.start_step()
         draws = sampler.next(config.rollout.prompts)
         with timer.phase("gen"):
-            early = models.rewards.early() if config.reward.while_decoding else None  # functions score what has ended while the rest is decoded
-            local = share_out(
-                models.hybrid_engine, [prompts[d.row] for d in draws], [d.draw for d in draws], sampling(config), config, world, early=early
-            )
+            early = models.rewards.early()  # functions score what has ended while the rest is decoded
+            local = share_out(models.hybrid_engine, [prompts[d.row] for d in draws], [d.draw for d in draws], sampling(config), config, world, early)
+            early.close()
             world.wait_for_all("rollout")
             if release:
                 models.hybrid_engine.release()
@@ -145,10 +148,8 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
             models.fetch()
             by_models = models.rewards.score_with_models(rollout)  # (collective)
 
-        def scored(rollout: Rollout = rollout, early: EarlyScorer | None = early, by_models: dict[str, Tensor] = by_models) -> Scores:  # (collective)
+        def scored(rollout: Rollout = rollout, early: EarlyScorer = early, by_models: dict[str, Tensor] = by_models) -> Scores:  # (collective)
             with timer.phase("reward"):
-                if early is not None:
-                    early.finish()
                 return models.rewards.score(rollout, early, by_models)  # (collective)
 
         experience, update = learn(models, config, timer, rollout, scored, step, kl_controller.coef, world)  # (collective)
@@ -177,7 +178,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 # Models
 
 
-def build_models(run: Run, max_context: int = 0) -> Models:
+def build_models(run: Run, max_context: int, pool: Pool) -> Models:
     """Load all roles, each under its own DeepSpeed settings. (collective)"""
     config, world = run.config, run.world
     assert config.train.steps is not None and config.actor.path is not None
@@ -192,7 +193,7 @@ def build_models(run: Run, max_context: int = 0) -> Models:
     ends = eos_token_ids(config.actor.path, run.tokenizer, config.rollout.eos_token_ids)
     assert isinstance(run.tokenizer.pad_token_id, int)
     reference = _reference(run, actor) if config.uses_reference else None
-    rewards = Rewards(config.reward, scorers, run.tokenizer, world)
+    rewards = Rewards(config.reward, scorers, run.tokenizer, world, pool)
     visiting = sum(model.visiting for model in frozen_engines(rewards, reference))
     return Models(
         actor=actor,

@@ -20,7 +20,7 @@ from rlhf.models.forward import position_ids
 from rlhf.models.loading import load_causal_lm, load_scalar_model
 from rlhf.models.lora import adapter_parameters, add_adapters, check_adapter, frozen_base, load_adapter, weight_layout
 from rlhf.preflight import check
-from rlhf.rewards import RewardModel
+from rlhf.rewards.model import RewardModel
 from rlhf.trainers.rl import Models, learn
 from rlhf.trainers.run import Run
 from tests.distributed.steps import open_models
