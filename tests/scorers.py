@@ -90,7 +90,7 @@ def noisy(completions: list[str], **columns: Any) -> list[float]:
 
 def returning_fork(completions: list[str], **columns: Any) -> list[float]:
     os.fork()
-    return [1.0] * len(completions)
+    return [float(text) for text in completions]
 
 
 def daemon(completions: list[str], **columns: Any) -> list[float]:
