@@ -262,6 +262,7 @@ def run(args: argparse.Namespace, world: World) -> None:
         profiled = records.pop()
         if on_gpu:
             busy = report_profile(found, profiled, args.profile, world)
+    pool.close()
     kept = records[args.warmup :]
     seconds = {name: statistics.median(r.get(name, 0.0) for r in kept) for name in kept[0]}
     if world.is_main:

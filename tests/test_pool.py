@@ -322,7 +322,7 @@ def assert_survived(tasks: list[str], canary: Path, timeout: float) -> None:
 
 def test_reasoning_gym_survives_pathological_texts(tmp_path: Path) -> None:
     """A task that hands answers to sympy's parser, and one that evaluates them."""
-    assert_survived(["simple_integration", "string_insertion"], tmp_path / "evaluated", 2.0)
+    assert_survived(["simple_integration", "string_insertion"], tmp_path / "evaluated", 1.5)
 
 
 TASKS = ["binary_matrix", "countdown", "intermediate_integration", "n_queens", "number_sorting", "polynomial_multiplication", "puzzle24"]
@@ -331,7 +331,7 @@ TASKS = ["binary_matrix", "countdown", "intermediate_integration", "n_queens", "
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_more_tasks_survive_pathological_texts(tmp_path: Path) -> None:
-    assert_survived([*TASKS, "spiral_matrix", "prime_factorization", "propositional_logic"], tmp_path / "evaluated", 2.0)
+    assert_survived([*TASKS, "spiral_matrix", "prime_factorization", "propositional_logic"], tmp_path / "evaluated", 1.5)
 
 
 def test_no_task_of_reasoning_gym_evaluates_an_answer(tmp_path: Path) -> None:
@@ -358,6 +358,6 @@ def test_the_hard_timeout_holds_for_a_task_of_reasoning_gym(tmp_path: Path) -> N
     variable = entry["metadata"]["variable"]
     monster = "*".join(f"sin({k}*{variable} + {k + 1})**{k + 7}/(cos({variable}**{k}) + {k})" for k in range(1, 40))
     columns = {"entry": [entry] * 3, "task": ["simple_integration"] * 3}
-    with pool_of("reasoning_gym", timeout=2.0) as pool:
+    with pool_of("reasoning_gym", timeout=1.2) as pool:
         scores, failures = score(pool, "reasoning_gym", [entry["answer"], monster, entry["answer"]], **columns)
     assert scores == [1, None, 1] and failures == {"timeout": 1}
