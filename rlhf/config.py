@@ -277,12 +277,15 @@ class RewardConfig(Section):
     components: Annotated[list[RewardComponentConfig], BeforeValidator(_listed)] = Field(default_factory=list, description="weighted sum of these")
     clip: float | None = Field(None, gt=0, description="clamp of the sum to [-clip, clip]")
     while_decoding: bool = Field(
-        True, description="functions score responses as they end, in calls of any size; false: one call on each rank, when all have ended"
+        True,
+        description="functions score responses as they end, in calls of any size; false: one call on each rank, with all its responses, at the end",
     )
-    workers: int = Field(
-        1,
-        ge=1,
-        description="threads on each rank that score while decoding; several suit functions that wait (a server, a sandbox), not Python at work",
+    workers: int = Field(1, ge=1, description="processes on each rank that functions run in, all at once; each imports all functions")
+    timeout: float = Field(
+        30.0,
+        gt=0,
+        description="seconds for a function to score one sample: the process of one that takes longer is killed, the sample lost and counted. A call "
+        "with several has as long, and is repeated one by one if it takes longer",
     )
     missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a response that never ends")
 

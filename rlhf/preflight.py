@@ -30,7 +30,7 @@ from rlhf.models.compiling import check_compile
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
-from rlhf.rewards import FunctionReward
+from rlhf.rewards.functions import FunctionReward
 from rlhf.rollout.decoder import is_lean
 from rlhf.rollout.generic import refuse_unsupported
 

@@ -17,7 +17,6 @@ import json
 import statistics
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 import rlhf.engine
-from rlhf.config import ROOT, Config, ModelConfig, TrainedModelConfig, parse_config, role_settings
+from rlhf.config import ROOT, Config, ModelConfig, RewardComponentConfig, TrainedModelConfig, parse_config, role_settings
 from rlhf.distributed import World, init_world
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.experience import gather_rollout, scored_together
@@ -42,6 +41,8 @@ from rlhf.models.lora import adapters_off, add_adapters, weight_layout
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head
 from rlhf.rewards.compose import EarlyScorer
+from rlhf.rewards.functions import FunctionReward
+from rlhf.rewards.pool import Pool
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.trainers.rl import Models, learn
 from rlhf.types import Prompt, Rollout, Sampling, Scores
@@ -49,17 +50,6 @@ from scripts.workloads import CHIPS, SHAPES, WORKLOADS, rollout_bound, scoring_f
 
 PIECES = ("packing", "head", "kernels", "layers", "together")
 PEAK = 989e12  # dense bf16 FLOP/s of the H100's and the H200's datasheet
-
-
-class Waiting:
-    """A reward that takes `seconds` for each sample, as a server does."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def score(self, prompts: list[str], completions: list[str], ids: list[list[int]], columns: dict[str, Any]) -> tuple[list[Any], Counter[str]]:
-        time.sleep(self.seconds * len(ids))
-        return [0.0] * len(ids), Counter()
 
 
 class NoText:
@@ -176,7 +166,9 @@ def run(args: argparse.Namespace, world: World) -> None:
     mine = list(range(world.rank, prompts_, world.size))
     forced = [int(n) for i in mine for n in lengths[i * samples : (i + 1) * samples]]
     tokenizer: Any = NoText()
-    waiting: Any = Waiting(args.reward_ms / 1000)
+    reward = RewardComponentConfig(function="scripts.workloads:waiting", arguments={"seconds": args.reward_ms / 1000})
+    waiting = FunctionReward(reward)
+    pool = Pool([waiting.path] if args.reward_ms else [], args.workers)
     timer = PhaseTimer(torch.cuda.synchronize if on_gpu else None)
     records: list[dict[str, float]] = []
     peak = 0.0
@@ -209,7 +201,7 @@ def run(args: argparse.Namespace, world: World) -> None:
             if args.only:
                 local = drawn()
             else:
-                early = EarlyScorer({"reward": waiting}, tokenizer, args.workers) if args.reward_ms else None
+                early = EarlyScorer({"reward": waiting}, tokenizer, pool) if args.reward_ms else None
 
                 def ended(row: int, ids: list[int], early: EarlyScorer | None = early) -> None:
                     if early is not None:
@@ -221,6 +213,8 @@ def run(args: argparse.Namespace, world: World) -> None:
                 world.wait_for_all("rollout")
                 note_memory()
                 models.hybrid_engine.release()
+                if early is not None:
+                    early.close()
             rollout = gather_rollout(local, dict(enumerate(prompts)), world)
         models.fetch()
         generated = time.perf_counter()
@@ -268,6 +262,7 @@ def run(args: argparse.Namespace, world: World) -> None:
         profiled = records.pop()
         if on_gpu:
             busy = report_profile(found, profiled, args.profile, world)
+    pool.close()
     kept = records[args.warmup :]
     seconds = {name: statistics.median(r.get(name, 0.0) for r in kept) for name in kept[0]}
     if world.is_main:

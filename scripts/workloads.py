@@ -6,6 +6,7 @@ prefill      2 * block_params * unique prompt tokens / flops
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,3 +124,9 @@ def scoring_flops(shape: Shape, lengths: np.ndarray, responses: np.ndarray) -> f
     """Of one forward over sequences of `lengths`, with the head on `responses` tokens of each; an update is three, with LoRA two."""
     attention = 4 * shape.layers * shape.heads * shape.head_dim * (lengths.astype(float) ** 2 / 2).sum()
     return float(2 * shape.block_parameters * lengths.sum() + 2 * shape.head_parameters * responses.sum() + attention)
+
+
+def waiting(completions: list[str], seconds: float, **columns: Any) -> list[float]:
+    """A reward that takes `seconds` for each sample, as a server does."""
+    time.sleep(seconds * len(completions))
+    return [0.0] * len(completions)

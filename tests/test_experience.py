@@ -15,7 +15,9 @@ from rlhf.batching import MicroBatchPlan, plan_micro_batches
 from rlhf.config import AlgorithmConfig, Config, RewardConfig
 from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience, scored_together, token_rewards, training_mask
 from rlhf.models.forward import response_logprobs, response_values
-from rlhf.rewards import FunctionReward, Rewards
+from rlhf.rewards.compose import Rewards
+from rlhf.rewards.functions import FunctionReward
+from rlhf.rewards.pool import Pool
 from rlhf.trainers.rl import critic_loss, denominators, describe_experience, micro_batch_of, policy_loss
 from rlhf.types import Experience, MicroBatch, Rollout, Scores
 from tests.helpers import make_rollout, make_scores, rl_config, single_world, tiny_tokenizer
@@ -264,23 +266,22 @@ def test_gather_rollout_sorts_by_draw_and_sample() -> None:
     assert [found.response_ids(i) for i in range(4)] == [ROLLOUT.response_ids(i) for i in range(4)]
 
 
-def third_is_lost(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float | None]:
-    return [None if len(ids) == 4 else 10.0 * len(ids) for ids in completion_ids]
-
-
-def half(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float | None]:
-    return [0.5] * len(prompts)
-
-
-def rewards(**config: Any) -> Scores:
+def rewards(rollout: Rollout = ROLLOUT, **config: Any) -> Scores:
+    """As the loop does it."""
     built = RewardConfig(**config)
-    return Rewards(built, [FunctionReward(c) for c in built.components], tiny_tokenizer(), single_world()).score(ROLLOUT)
+    with Pool([str(c.function) for c in built.components], built.workers, built.timeout) as pool:
+        found = Rewards(built, [FunctionReward(c) for c in built.components], tiny_tokenizer(), single_world(), pool)
+        early = found.early()
+        for row, prompt in enumerate(rollout.prompts):
+            early.submit(prompt, int(rollout.draw[row]), int(rollout.sample[row]), rollout.response_ids(row))
+        early.close()
+        return found.score(rollout, early, found.score_with_models(rollout))
 
 
 def test_weighted_sum_with_clips_and_penalty() -> None:
     """Lengths 3, 1, 4, 2: 30, 10, lost, 20, clipped to 25, times 0.1, plus 2 * 0.5, the sum clipped to 3; the cut row is lost anyway."""
-    lost = {"function": f"{__name__}:third_is_lost", "clip": 25.0, "weight": 0.1}
-    scores = rewards(components=[lost, {"function": f"{__name__}:half", "weight": 2.0}], clip=3.0, missing_eos_penalty=1.0)
+    lost = {"function": "tests.scorers:third_is_lost", "clip": 25.0, "weight": 0.1}
+    scores = rewards(components=[lost, {"function": "tests.scorers:half", "weight": 2.0}], clip=3.0, missing_eos_penalty=1.0)
     torch.testing.assert_close(scores.total, torch.tensor([3.0, 2.0, 0.0, 3.0]))
     assert scores.valid.tolist() == [True, True, False, True]
     assert scores.failures == {"third_is_lost/None": 1}
@@ -288,13 +289,13 @@ def test_weighted_sum_with_clips_and_penalty() -> None:
 
 
 def test_the_penalty_is_for_responses_that_never_end() -> None:
-    scores = rewards(components={"function": f"{__name__}:half"}, missing_eos_penalty=1.0)
+    scores = rewards(components={"function": "tests.scorers:half"}, missing_eos_penalty=1.0)
     assert scores.total.tolist() == [0.5, 0.5, -0.5, 0.5]
 
 
 def test_a_component_that_is_only_measured_loses_no_sample() -> None:
-    lost = {"function": f"{__name__}:third_is_lost", "weight": 0}
-    scores = rewards(components=[lost, {"function": f"{__name__}:half"}])
+    lost = {"function": "tests.scorers:third_is_lost", "weight": 0}
+    scores = rewards(components=[lost, {"function": "tests.scorers:half"}])
     assert scores.valid.all()
     assert scores.total.tolist() == [0.5] * 4
     assert scores.components["third_is_lost"].isnan().tolist() == [False, False, True, False]
@@ -313,3 +314,16 @@ def test_a_component_that_is_only_measured_loses_no_sample() -> None:
 )
 def test_forwards_are_scored_together_only_where_there_is_room(models: Path, sections: dict[str, Any], lean: bool, together: int) -> None:
     assert scored_together(rl_config(models, **sections), lean) == together
+
+
+def test_a_sum_beyond_float32_is_lost_and_counted() -> None:
+    scores = rewards(components={"function": "tests.scorers:half", "weight": 1e39})
+    assert not scores.valid.any() and scores.total.tolist() == [0] * 4
+    assert scores.failures == {"sum/infinite": 4}
+
+
+def test_a_rank_without_rows_scores_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    rollout = Rollout([], none, none, torch.zeros(0, 0, dtype=torch.int64), none, none, none.bool(), torch.zeros(0, 4))
+    scores = rewards(rollout, components={"function": "tests.scorers:half"})
+    assert scores.total.shape == (0,) and not scores.failures

@@ -103,6 +103,7 @@ def test_collectives_are_called_in_one_place() -> None:
     [
         ("rlhf.config", ["torch", "deepspeed", "transformers", "numpy"]),
         ("rlhf.ops.advantages, rlhf.ops.kl, rlhf.ops.losses, rlhf.ops.logprobs, rlhf.batching", ["deepspeed", "transformers", "peft"]),
+        ("rlhf.rewards.worker", ["torch", "numpy", "transformers", "pydantic", "yaml"]),
         ("rlhf.rollout.sampler, rlhf.data, rlhf.models.loading", ["deepspeed"]),
     ],
 )

@@ -15,17 +15,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rlhf.config import ROOT, LoraConfig, RewardComponentConfig, parse_config, role_settings
+from rlhf.config import ROOT, LoraConfig, parse_config, role_settings
 from rlhf.distributed import World
 from rlhf.engine import _clear_abandoned_builds
 from rlhf.models.heads import ScalarModel
 from rlhf.models.lora import add_adapters
 from rlhf.preflight import check
-from rlhf.rewards import FunctionReward
-from rlhf.rewards.compose import score_with_function
 from rlhf.trainers.run import Best, check_same_data
-from rlhf.types import Rollout
-from tests.helpers import run_ranks, single_world, tiny_tokenizer
+from tests.helpers import run_ranks, single_world
 
 
 def test_overrides_may_stand_between_and_after_options() -> None:
@@ -65,14 +62,6 @@ def test_a_clip_in_the_json_does_not_refuse_the_frozen_models() -> None:
     config = parse_config({**_RL, "deepspeed": json_file, "algorithm": {"kl": {"coef": 0.1}}})
     assert role_settings(config, config.actor, world_size=1, on_gpu=False)["gradient_clipping"] == 1.0
     assert role_settings(config, config.reference, world_size=1, on_gpu=False)["gradient_clipping"] == 0.0
-
-
-def test_a_rank_without_rows_scores_nothing() -> None:
-    none = torch.zeros(0, dtype=torch.int64)
-    rollout = Rollout([], none, none, torch.zeros(0, 0, dtype=torch.int64), none, none, none.bool(), torch.zeros(0, 4))
-    function = FunctionReward(RewardComponentConfig(function="length_penalty", arguments={"target": 1}))
-    scores, failures = score_with_function(function, rollout, tiny_tokenizer(), single_world())
-    assert scores.shape == (0,) and not failures
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Reward functions against hand-checked answers, and trap 27: a failing function costs only the samples it failed on."""
 
-import logging
+import json
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from rlhf.config import RewardComponentConfig, SourceConfig
 from rlhf.data import read_rows
 from rlhf.rewards.functions import REWARD_FUNCTIONS, FunctionReward, find_number, resolve_function
+from rlhf.rewards.worker import judge
 
 
 def call(name: str, completions: list[str], **columns: Any) -> list[float | None]:
-    return REWARD_FUNCTIONS[name](prompts=["?"] * len(completions), completions=completions, completion_ids=[[1]] * len(completions), **columns)
+    return resolve_function(name)(prompts=["?"] * len(completions), completions=completions, completion_ids=[[1]] * len(completions), **columns)
 
 
 @pytest.fixture
@@ -32,9 +34,12 @@ def wrap(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FunctionReward]:
 
 
 def score(reward: FunctionReward, completions: list[str], **columns: list[Any]) -> tuple[list[float | None], dict[str, int]]:
-    ids = [[ord(c) for c in text] for text in completions]
-    scores, failures = reward.score(["p"] * len(completions), completions, ids, columns)
-    return scores, dict(failures)
+    """As the scoring process does it, in this one."""
+    own = {"prompts": ["p"] * len(completions), "completions": completions, "completion_ids": [[ord(c) for c in text] for text in completions]}
+    found = list(judge(reward.function, reward.inputs({**columns, **own}), reward.arguments, len(completions), 0, True))
+    results = found[0].get("all") or [answer["one"] for answer in found if "one" in answer]
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    return [r if isinstance(r, float) else None for r in results], dict(Counter(r for r in results if isinstance(r, str)))
 
 
 # ---- registered functions
@@ -97,11 +102,40 @@ def test_reasoning_gym_scores_its_own_entries() -> None:
     assert scores[2] is not None and scores[2] < 0.1
 
 
+def test_what_stands_in_the_last_tags() -> None:
+    from rlhf.rewards.reasoning import _tagged_answer
+
+    for text, found in [
+        ("<answer>1</answer> no <answer> 2\n</answer> or <answer>3", "2"),
+        ("<answer>1<answer>2</answer></answer>", "1<answer>2"),
+        ("</answer> 1 <answer>", "</answer> 1 <answer>"),
+        ("<answer></answer>", ""),
+        (" 7 ", "7"),
+    ]:
+        assert _tagged_answer(text) == found
+
+
+def test_formulas_are_what_sympy_reads_without_evaluating_text() -> None:
+    import sympy
+
+    from rlhf.rewards.reasoning import formula
+
+    x = sympy.Symbol("x")
+    for text in ("3 + 4*2", "-2**2", "8 / 3 / 2", " 2*x**3 - 1.50*x + C", "exp(-x/2)*sin(3*x)", "sqrt(pi) - E*I", "2**-3", "log(x, 2)", "0**0"):
+        assert formula(text, {"x": x}) == sympy.parse_expr(text.strip(), local_dict={"x": x}), text
+    refused = ["x.y", "x[0]", "(1, 2)", "'a'", "True", "lambda: 1", "Symbol('y')", "x if x else x", "1 < 2", "x = 1", "7 // 2", ""]
+    for text in [*refused, "10**10**10", "1e999"]:
+        with pytest.raises((ValueError, SyntaxError)):
+            formula(text)
+    assert sympy.parse_expr("x if x else y", evaluate=True) == x, "sympy itself is as it was"
+
+
 # ---- finding functions
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     assert resolve_function("gsm8k") is REWARD_FUNCTIONS["gsm8k"]
+    assert callable(resolve_function("reasoning_gym"))
     assert resolve_function("math:sqrt")(4) == 2
     for name, message in [
         ("exact_macth", "did you mean 'exact_match'"),
@@ -133,16 +167,13 @@ def test_function_without_kwargs_gets_only_what_it_names(wrap: Callable[..., Fun
 # ---- trap 27
 
 
-def test_trap_27_raises_for_one_sample(wrap: Callable[..., FunctionReward], caplog: pytest.LogCaptureFixture) -> None:
+def test_trap_27_raises_for_one_sample(wrap: Callable[..., FunctionReward]) -> None:
     def mine(completions: list[str], **columns: Any) -> list[float]:
         return [1 / len(text) for text in completions]
 
     reward = wrap(mine)
-    with caplog.at_level(logging.WARNING):
-        assert score(reward, ["a", "", "ab", ""]) == ([1, None, 0.5, None], {"raised ZeroDivisionError": 2})
-        assert score(reward, [""]) == ([None], {"raised ZeroDivisionError": 1})
-    assert len(caplog.records) == 1, "the first failure is logged, once"
-    assert "1 / len(text)" in caplog.text, "with its traceback"
+    assert score(reward, ["a", "", "ab", ""]) == ([1, None, 0.5, None], {"raised ZeroDivisionError": 2})
+    assert score(reward, [""]) == ([None], {"raised ZeroDivisionError": 1})
 
 
 def test_trap_27_bad_entries_cost_their_samples_only(wrap: Callable[..., FunctionReward]) -> None:
@@ -156,6 +187,8 @@ def test_trap_27_bad_entries_cost_their_samples_only(wrap: Callable[..., Functio
         {},
         1j,
         10**400,
+        1e308,
+        -3.5e38,
         object(),
         torch.ones(2),
         True,
@@ -165,9 +198,9 @@ def test_trap_27_bad_entries_cost_their_samples_only(wrap: Callable[..., Functio
     ]
     values += [torch.tensor(0.25), 0.75]
     scores, failures = score(wrap(lambda completions: [values[int(i)] for i in completions]), [str(i) for i in range(len(values))])
-    assert scores == [None] * 11 + [1, 2, 0.5, 1, 0.25, 0.75]
-    assert all(type(value) is float for value in scores[11:])
-    assert failures == {"None": 1, "NaN": 1, "infinite": 3, "not a number": 6}
+    assert scores == [None] * 13 + [1, 2, 0.5, 1, 0.25, 0.75]
+    assert all(type(value) is float for value in scores[13:])
+    assert failures == {"None": 1, "NaN": 1, "infinite": 3, "beyond float32": 2, "not a number": 6}
 
 
 def test_trap_27_wrong_length_for_one_sample(wrap: Callable[..., FunctionReward]) -> None:
@@ -197,18 +230,12 @@ def test_trap_27_missing_column_loses_the_batch_but_not_the_run(wrap: Callable[.
     assert score(FunctionReward(RewardComponentConfig(function="gsm8k")), ["1", "2"]) == ([None, None], {"raised TypeError": 2})
 
 
-def test_exceptions_outside_exception_do_not_escape_but_interrupts_do(wrap: Callable[..., FunctionReward]) -> None:
-    def raising(error: type[BaseException]) -> FunctionReward:
-        def mine(**_: Any) -> list[float]:
-            raise error
+@pytest.mark.parametrize("error", [GeneratorExit, RecursionError, KeyboardInterrupt, SystemExit])
+def test_no_exception_escapes(wrap: Callable[..., FunctionReward], error: type[BaseException]) -> None:
+    def mine(**_: Any) -> list[float]:
+        raise error
 
-        return wrap(mine)
-
-    assert score(raising(GeneratorExit), ["a"]) == ([None], {"raised GeneratorExit": 1})
-    assert score(raising(RecursionError), ["a"]) == ([None], {"raised RecursionError": 1})
-    for error in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(error):
-            score(raising(error), ["a"])
+    assert score(wrap(mine), ["a"]) == ([None], {f"raised {error.__name__}": 1})
 
 
 def test_arrays_and_tensors_are_lists_too_and_an_empty_batch_is_fine(wrap: Callable[..., FunctionReward]) -> None:

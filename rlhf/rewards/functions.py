@@ -1,4 +1,4 @@
-"""Reward functions: the registry, and the wrapper that makes a failing function cost only the samples it failed on (trap 27).
+"""Reward functions: the registry, and what the trainer knows of one. They run in processes of their own (`pool.py`, trap 27). Imports no torch.
 
 The convention: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, all arguments given by name, one entry per
 sample; `None` means that the sample cannot be judged. A function without `**` gets only the arguments it names.
@@ -9,26 +9,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
-import logging
-import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
-from functools import lru_cache
-from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf.config import RewardComponentConfig
+if TYPE_CHECKING:  # it costs a scoring process more than everything else
+    from rlhf.config import RewardComponentConfig
 
 RewardFunction = Callable[..., list[float | None]]
 
-logger = logging.getLogger(__name__)
-
 # A minus counts as a sign unless it stands after a word or a bracket: "10-5" ends in 5, "= -5" in -5.
 _NUMBER = re.compile(r"(?P<sign>(?<![\w)\]])[-\u2212])?(?:\$\s?)?(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def exact_match(prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[Any], **columns: Any) -> list[float | None]:
@@ -83,36 +75,6 @@ def _same_number(given: Decimal | None, answer: Any) -> float | None:
     return None if right is None else float(given == right)
 
 
-def reasoning_gym(
-    prompts: list[str],
-    completions: list[str],
-    completion_ids: list[list[int]],
-    entry: list[dict[str, Any]],
-    task: list[str],
-    task_config: list[dict[str, Any] | None] | None = None,
-    **columns: Any,
-) -> list[float | None]:
-    """The task's own score of what stands in the last <answer> tags, or of the whole completion; for sources with `task`."""
-    configs = task_config or [None] * len(task)
-    return [
-        float(_scorer(name, json.dumps(config or {}, sort_keys=True))(_tagged_answer(text), item))
-        for text, item, name, config in zip(completions, entry, task, configs, strict=True)
-    ]
-
-
-def _tagged_answer(text: str) -> str:
-    tagged = _ANSWER_TAG.findall(text)
-    return str(tagged[-1] if tagged else text).strip()
-
-
-@lru_cache(maxsize=128)
-def _scorer(task: str, config: str) -> Callable[[str, dict[str, Any]], float]:
-    from reasoning_gym.factory import create_dataset
-
-    score: Callable[[str, dict[str, Any]], float] = create_dataset(task, size=1, seed=0, **json.loads(config)).score_answer
-    return score
-
-
 def length_penalty(
     prompts: list[str], completions: list[str], completion_ids: list[list[int]], target: int, per_token: float = 0.001, **columns: Any
 ) -> list[float | None]:
@@ -120,12 +82,12 @@ def length_penalty(
     return [-per_token * max(0, len(ids) - target) for ids in completion_ids]
 
 
-REWARD_FUNCTIONS: dict[str, RewardFunction] = {
+REWARD_FUNCTIONS: dict[str, RewardFunction | str] = {
     "exact_match": exact_match,
     "contains_answer": contains_answer,
     "last_number": last_number,
     "gsm8k": gsm8k,
-    "reasoning_gym": reasoning_gym,
+    "reasoning_gym": "rlhf.rewards.reasoning:reasoning_gym",  # needs the package
     "length_penalty": length_penalty,
 }
 
@@ -135,7 +97,8 @@ def resolve_function(name: str) -> RewardFunction:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         if name in REWARD_FUNCTIONS:
-            return REWARD_FUNCTIONS[name]
+            registered = REWARD_FUNCTIONS[name]
+            return resolve_function(registered) if isinstance(registered, str) else registered
         raise ValueError(f"reward function {name!r}: unknown; {_nearest(name, list(REWARD_FUNCTIONS))}, or give package.module:function")
     try:
         found: Any = importlib.import_module(module_name)
@@ -157,21 +120,16 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
 
 
-class Unusable(Exception):
-    """A reward that is no finite number; the message is the reason it is counted under."""
-
-
 class FunctionReward:
-    """A reward function that never raises: what it cannot score is None and counted by reason."""
+    """A reward function as a recipe names it. `Pool.score` calls it."""
 
     def __init__(self, config: RewardComponentConfig) -> None:
         """Raises ValueError if the function is not found or does not take one of `arguments`."""
         assert config.function is not None
-        self.name = config.label
+        self.name, self.path = config.label, config.function
         self.function = resolve_function(config.function)
         self.arguments = config.arguments
         self._accepted = _accepted_names(self.function)  # None = all
-        self._logged = False
         for key in self.arguments:
             if self._accepted is not None and key not in self._accepted:
                 raise ValueError(f"reward function {config.function!r}: takes no argument {key!r}; {_nearest(key, sorted(self._accepted))}")
@@ -183,63 +141,9 @@ class FunctionReward:
             near = _nearest(name, sorted(columns | set(self.arguments)))
             raise ValueError(f"reward function {self.name!r}: needs {name!r}, which is no column of the data and not set under `arguments`; {near}")
 
-    def score(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
-    ) -> tuple[list[float | None], Counter[str]]:
-        """([B] reward, or None where the sample is lost; reason -> number of lost samples)."""
-        count = len(completions)
-        if not count:
-            return [], Counter()
-        inputs: dict[str, list[Any]] = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        results: list[Any]
-        try:
-            results = self._call(inputs, range(count))
-        except Unusable as reason:
-            # Again one by one, so that only the samples at fault are lost.
-            results = [reason] if count == 1 else [self._call_one(inputs, index) for index in range(count)]
-        failures: Counter[str] = Counter()
-        scores: list[float | None] = []
-        for result in results:
-            try:
-                scores.append(_number(result))
-            except Unusable as reason:
-                self._log(str(reason))
-                failures[str(reason)] += 1
-                scores.append(None)
-        return scores, failures
-
-    def _call_one(self, inputs: dict[str, list[Any]], index: int) -> Any:
-        try:
-            return self._call(inputs, range(index, index + 1))[0]
-        except Unusable as reason:
-            return reason
-
-    def _call(self, inputs: dict[str, list[Any]], rows: range) -> list[Any]:
-        """The function's result for some rows, of checked type and length. Raises Unusable."""
-        # Lists of its own for each call: a function that empties its input must not spoil the next call.
-        arguments: dict[str, Any] = {name: [values[row] for row in rows] for name, values in inputs.items()}
-        arguments |= self.arguments
-        if self._accepted is not None:
-            arguments = {name: value for name, value in arguments.items() if name in self._accepted}
-        try:
-            result: Any = self.function(**arguments)
-            if hasattr(result, "tolist"):  # arrays and tensors
-                result = result.tolist()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            self._log(f"raised {type(error).__name__}", traceback=True)
-            raise Unusable(f"raised {type(error).__name__}") from None
-        if not isinstance(result, list | tuple):
-            raise Unusable(f"returned {type(result).__name__} instead of a list")
-        if len(result) != len(rows):
-            raise Unusable("wrong length")
-        return list(result)
-
-    def _log(self, what: str, traceback: bool = False) -> None:
-        if not self._logged:
-            self._logged = True
-            logger.warning("reward function %s: %s; such samples are lost and counted, this is logged once", self.name, what, exc_info=traceback)
+    def inputs(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Those columns that the function takes; what `arguments` sets is no column."""
+        return {name: values for name, values in columns.items() if name not in self.arguments and (self._accepted is None or name in self._accepted)}
 
 
 def _accepted_names(function: RewardFunction) -> set[str] | None:
@@ -259,27 +163,3 @@ def _required_names(function: RewardFunction) -> set[str]:
     except ValueError:  # built-in without a signature
         return set()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty}
-
-
-def _number(result: Any) -> float:
-    """A finite float (bools count), or Unusable."""
-    if isinstance(result, Unusable):
-        raise result
-    if result is None:
-        raise Unusable("None")
-    if not isinstance(result, Real) and callable(getattr(result, "item", None)):  # numpy and torch scalars
-        try:
-            result = result.item()
-        except Exception:
-            raise Unusable("not a number") from None
-    if not isinstance(result, Real):
-        raise Unusable("not a number")
-    try:
-        value = float(result)
-    except (OverflowError, ValueError):
-        raise Unusable("infinite") from None
-    if math.isnan(value):
-        raise Unusable("NaN")
-    if math.isinf(value):
-        raise Unusable("infinite")
-    return value

@@ -47,7 +47,10 @@ from rlhf.ops.losses import POLICY_LOSSES, value_loss
 from rlhf.ops.masking import explained_variance, masked_mean, masked_sum
 from rlhf.preflight import roles
 from rlhf.progress import Progress
-from rlhf.rewards import FunctionReward, RewardModel, Rewards
+from rlhf.rewards.compose import Rewards
+from rlhf.rewards.functions import FunctionReward
+from rlhf.rewards.model import RewardModel
+from rlhf.rewards.pool import Pool
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import is_lean
 from rlhf.trainers.probe import Loss, fit_budget
@@ -106,7 +109,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     longest = check_lengths(config, prompts, held_out)
     run.expect(longest)  # (collective)
     config = run.config  # with what was left to the memory plan
-    models = build_models(run, longest)
+    named = [component.function for component in config.reward.components if component.function] + ([verifier.path] if verifier else [])
+    pool = cleanup.enter_context(Pool(named, config.reward.workers, config.reward.timeout))  # imports while models load
+    models = build_models(run, longest, pool)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
     validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
@@ -140,12 +145,12 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         progress = run.progress(step, models.engines, state())
         draws = sampler.next(config.rollout.prompts)
         of_draw = {d.draw: prompts[d.row] for d in draws}
-        # Functions score what has ended while the rest is decoded.
-        early = models.rewards.early() if config.reward.while_decoding and not progress.part else None
+        early = models.rewards.early()  # functions score what has ended while the rest is decoded
 
         def generated() -> dict[str, Tensor]:  # (collective)
             with timer.phase("gen"):
-                local = share_out(models.hybrid_engine, list(of_draw.values()), list(of_draw), sampling(config), config, world, early=early)
+                local = share_out(models.hybrid_engine, list(of_draw.values()), list(of_draw), sampling(config), config, world, early)
+                early.close()
                 world.wait_for_all("rollout")
                 if release:
                     models.hybrid_engine.release()
@@ -157,11 +162,12 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 
         def scored() -> Scores:  # (collective)
             with timer.phase("reward"):
-                if early is not None:
-                    early.finish()
                 return models.rewards.score(rollout, early, by_models)  # (collective)
 
+        made_before = progress.kept("rollout") is not None
         rollout = Rollout.of(progress.once("rollout", generated), of_draw)
+        if made_before:
+            early.take(rollout, range(world.rank, len(rollout), world.size) if progress.kept("scores") is None else ())
         with timer.phase("reward"):
             models.fetch()
         by_models = progress.once("reward models", judged) if models.rewards.has_models else {}
@@ -201,7 +207,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
 # Models
 
 
-def build_models(run: Run, max_context: int = 0) -> Models:
+def build_models(run: Run, max_context: int, pool: Pool) -> Models:
     """Load all roles, each under its own DeepSpeed settings. (collective)"""
     config, world = run.config, run.world
     assert config.train.steps is not None and config.actor.path is not None
@@ -216,7 +222,7 @@ def build_models(run: Run, max_context: int = 0) -> Models:
     ends = eos_token_ids(config.actor.path, run.tokenizer, config.rollout.eos_token_ids)
     assert isinstance(run.tokenizer.pad_token_id, int)
     reference = _reference(run, actor) if config.uses_reference else None
-    rewards = Rewards(config.reward, scorers, run.tokenizer, world)
+    rewards = Rewards(config.reward, scorers, run.tokenizer, world, pool)
     visiting = sum(model.visiting for model in frozen_engines(rewards, reference))
     return Models(
         actor=actor,

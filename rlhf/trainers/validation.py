@@ -14,12 +14,13 @@ from rlhf.config import Config
 from rlhf.distributed import World
 from rlhf.experience import gather_rollout
 from rlhf.metrics import bootstrap_interval, write_samples
-from rlhf.rewards import FunctionReward, Rewards
-from rlhf.rewards.compose import EarlyScorer, score_with_function
+from rlhf.rewards.compose import EarlyScorer, Rewards, collect
+from rlhf.rewards.functions import FunctionReward
 from rlhf.rollout import HybridEngine
 from rlhf.types import Experience, Prompt, Rollout, Sampling, Scores
 
 VALIDATION_STREAM = 1
+VERIFIER = "validation.verifier"  # among the functions that score
 
 
 @dataclass
@@ -41,12 +42,14 @@ class Validator:
         sampling = Sampling(
             v.max_new_tokens or self.config.rollout.max_new_tokens, v.temperature, v.top_k, v.top_p, seed=self.config.seed, stream=VALIDATION_STREAM
         )
-        local = share_out(self.hybrid_engine, self.prompts, list(range(len(self.prompts))), sampling, self.config, self.world, group_size=1)
+        early = self.rewards.early({VERIFIER: self.verifier})
+        local = share_out(self.hybrid_engine, self.prompts, list(range(len(self.prompts))), sampling, self.config, self.world, early, group_size=1)
+        early.close()
         self.world.wait_for_all("validation")
         rollout = gather_rollout(local, dict(enumerate(self.prompts)), self.world)
-        verdict, failures = score_with_function(self.verifier, rollout, self.tokenizer, self.world)
+        scores = self.rewards.score(rollout, early, self.rewards.score_with_models(rollout))
+        verdict, failures = collect(VERIFIER, early, rollout, self.world)
         correct = (verdict.nan_to_num(0.0) >= 1.0).float()
-        scores = self.rewards.score(rollout)
         metrics: dict[str, float] = {"val-aux/verifier/failed": float(sum(failures.values()))}
         sources = np.array([p.source for p in rollout.prompts])
         for source in sorted(set(sources)):
@@ -74,10 +77,10 @@ def share_out(
     sampling: Sampling,
     config: Config,
     world: World,
+    early: EarlyScorer,
     group_size: int = 0,
-    early: EarlyScorer | None = None,
 ) -> Rollout:
-    """This rank's part of the responses to all prompts; the same tokens however they are shared out (trap 25). No collective.
+    """This rank's part of the responses to all prompts; the same tokens however they are shared out (trap 25). No collective. early: hears of each.
 
     By plan every rank takes each size-th prompt. By queue a rank pulls the next prompt when it has room (`World.fair_queue`).
     """
@@ -89,13 +92,11 @@ def share_out(
         prompts, draws = prompts[world.rank :: world.size], draws[world.rank :: world.size]
 
     def ended(row: int, ids: list[int]) -> None:
-        assert early is not None
         early.submit(prompts[row // group], draws[row // group], row % group, ids)
 
-    heard = ended if early is not None else None
     if planned:
-        return engine.generate(prompts, draws, group, sampling, on_finished=heard)
-    return engine.generate(prompts, draws, group, sampling, **world.fair_queue(len(prompts), group), on_finished=heard)
+        return engine.generate(prompts, draws, group, sampling, on_finished=ended)
+    return engine.generate(prompts, draws, group, sampling, **world.fair_queue(len(prompts), group), on_finished=ended)
 
 
 def _interval(metrics: dict[str, float], name: str, correct: torch.Tensor) -> None:

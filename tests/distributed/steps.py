@@ -13,6 +13,7 @@ from rlhf.distributed import World
 from rlhf.engine import TrainEngine
 from rlhf.experience import make_experience
 from rlhf.models.lora import weight_layout
+from rlhf.rewards.pool import Pool
 from rlhf.trainers.rl import Models, UpdateMetrics, build_models, needs_old_logprobs, passes, plan_epoch, update_models
 from rlhf.trainers.run import Best, Run, start_run
 from rlhf.types import Experience, Rollout, Scores
@@ -22,7 +23,7 @@ from tests.helpers import tiny_tokenizer
 def open_models(config: Config, world: World) -> tuple[Models, Run]:
     folder = world.broadcast_object(tempfile.mkdtemp())
     run = start_run(config.model_copy(update={"run_dir": Path(folder)}), world, tiny_tokenizer(), "never", 1, Best("", "max"), ExitStack())
-    return build_models(run), run
+    return build_models(run, 0, Pool([])), run
 
 
 def weights(engine: TrainEngine) -> dict[str, Tensor]:

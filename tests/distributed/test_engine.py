@@ -36,7 +36,7 @@ from rlhf.models.checkpointing import decoder_layers
 from rlhf.models.export import export_model, on_host
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapters_off, add_adapters, kept_whole, weight_layout
-from rlhf.rewards import RewardModel
+from rlhf.rewards.model import RewardModel
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.trainers import rl as rl_module
 from rlhf.trainers.rl import denominators, describe_experience, micro_batch_of, plan_epoch, policy_loss, train_rl

@@ -20,14 +20,21 @@ from rlhf.models.forward import position_ids
 from rlhf.models.loading import load_causal_lm, load_scalar_model
 from rlhf.models.lora import adapter_parameters, add_adapters, check_adapter, frozen_base, load_adapter, weight_layout
 from rlhf.preflight import check
-from rlhf.rewards import RewardModel
+from rlhf.rewards.compose import Rewards
+from rlhf.rewards.model import RewardModel
 from rlhf.trainers.rl import Models, learn
 from rlhf.trainers.run import Run
+from rlhf.types import Scores
 from tests.distributed.steps import open_models
 from tests.helpers import make_rollout, make_scores, rl_config, run_ranks, save_state, saved_state, single_world, tiny_tokenizer
 
 ROLLOUT = make_rollout([4, 4, 9, 9, 2, 2, 5, 3], [3, 8, 5, 7, 4, 6, 1, 2], window=8)
 SCORES = make_scores([0.3, -1.0, 0.5, 2.0, -0.2, 1.0, 0.1, 0.7])
+
+
+def score(rewards: Rewards) -> Scores:
+    """Of models alone. (collective)"""
+    return rewards.score(ROLLOUT, rewards.early(), rewards.score_with_models(ROLLOUT))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def ppo_steps(held: Models, run: Run, steps: range) -> dict[str, Tensor]:
     """Everything that the steps compute: scores, logprobs, values, losses and norms."""
     found = {}
     for step in steps:
-        scores = held.rewards.score(ROLLOUT)
+        scores = score(held.rewards)
         experience, update = learn(held, run.config, run.timer, ROLLOUT, lambda: SCORES, step, 0.1, run.world)
         assert experience.old_logprobs is not None and experience.ref_logprobs is not None and experience.values is not None
         mask = experience.mask
@@ -121,7 +128,7 @@ def test_one_base_computes_what_a_base_each_computes(models: Path, reward: Path,
 def scores_of(world: World, models: Path, reward: Path, shared: bool) -> Tensor:
     held, _ = open_models(recipe(models, reward, 0, shared), world)
     assert (scorer(held).mean, scorer(held).std) == (0.5, 2.0)
-    return held.rewards.score(ROLLOUT).total
+    return score(held.rewards).total
 
 
 def test_adapters_score_as_the_merged_reward_model(models: Path, reward: Path) -> None:

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Ground, grpo_recipe, sft_recipe
 from tests.e2e.programs import ROOT, Outcome, Program, engine_hashes, environment, metrics, run, samples, steps, succeed, weight_hashes, write_jsonl
+from tests.scorers import TWELVE
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -224,3 +226,28 @@ def test_a_failing_rank_ends_the_job(ground: Ground) -> None:
     assert outcome.code not in (0, 2)
     assert "RuntimeError: rank one breaks here" in outcome.out and "Traceback" in outcome.out
     assert outcome.out.index("rank one breaks here") < outcome.out.index("exits with return code")
+
+
+@pytest.mark.slow
+def test_twelve_misbehaving_functions_in_one_run(ground: Ground) -> None:
+    """trap 27: each loses the samples of one prompt of four and no other, in training and validation, and nothing of it is left when the run ends."""
+    rows = write_jsonl(ground.folder / "twelve.jsonl", [{"prompt": p} for p in ("abc", "bad", "cd", "ef")])
+    recipe = lossy_recipe(
+        ground,
+        data={"train": {"path": rows}, "shuffle": False},
+        reward={"components": [{"function": f"tests.scorers:{name}"} for name in TWELVE], "timeout": 1.0, "workers": 2},
+        rollout={"prompts": 4, "group_size": 2, "max_new_tokens": 5},
+        validation={"data": {"path": rows}, "verifier": "tests.scorers:exits", "before_training": False},
+        train={"steps": 1, "micro_batch": 4},
+        checkpoint={"last": False},
+    )
+    outcome = succeed(ground.recipe("twelve", recipe), launcher="python", env=ground.env)
+    (line,) = metrics(ground.run_dir("twelve"))
+    assert line["reward/invalid"] == 2 and line["val-aux/verifier/failed"] == 1
+    found = {key.removeprefix("reward_failures/"): n for key, n in line.items() if key.startswith("reward_failures/")}
+    assert found == {f"{name}/{reason}": 2 for name, reason in TWELVE.items()}
+    assert outcome.out.count("such samples are lost and counted") == 12  # each once
+    for row in samples(ground.run_dir("twelve"), 1):
+        assert set(row["components"].values()) == ({None} if row["prompt"] == "bad" else {1.0})
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if any("tests.scorers:fork_bomb" in word for word in p.info["cmdline"] or [])]
+    assert not left
