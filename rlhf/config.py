@@ -384,6 +384,15 @@ class TrainConfig(Section):
         description="tokens per forward on a rank instead of rows: forwards of equal length, as few as will do; needs packing. auto: as many as "
         "the memory plan has room for, 16,384 without a GPU",
     )
+    stall_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="a phase without any progress for so long (twice the longest it has ever taken, if that is more) ends the job; keep it below "
+        "the timeout of collectives (DEEPSPEED_TIMEOUT, 30). A rank that has stopped does so after a minute",
+    )
+    digest_every: int = Field(
+        10, ge=1, description="steps between comparisons of what must be the same on all ranks; besides at step 1 and before every checkpoint"
+    )
     packing: bool = Field(True, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
 
     @model_validator(mode="after")

@@ -110,6 +110,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     if start:
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])
+    run.compare(models.engines, lambda: {"sampler": sampler.state_dict(), "kl_coef": kl_controller.coef})
 
     if start < steps and run.on_gpu:
         fit_budget(run, probes(models))  # (collective)
@@ -130,7 +131,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         run.end_step(0, before | timer.metrics())
 
     for step in range(start + 1, steps + 1):
-        timer.start_step()
+        timer.start_step(step)
         draws = sampler.next(config.rollout.prompts)
         with timer.phase("gen"):
             early = models.rewards.early() if config.reward.while_decoding else None  # functions score what has ended while the rest is decoded

@@ -34,6 +34,7 @@ from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, 
 from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
 from rlhf.models.scoring_head import fuse_head
 from rlhf.preflight import roles
+from rlhf.ranks import Pace, check_agreement, config_items
 
 
 @dataclass
@@ -76,6 +77,15 @@ class Run:
     longest: int  # tokens of the longest row
     plan: Plan = field(default_factory=Plan)
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
+    agreed: int | None = None  # the step after which the ranks were last found in the same state
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.world)
+        self.compare({}, dict)
+
+    def compare(self, engines: Mapping[str, TrainEngine], other: Callable[[], dict[str, Any]]) -> None:
+        """What `agree` looks at: engines, and what else must be the same on all ranks."""
+        self._engines, self._other = engines, other
 
     @property
     def on_gpu(self) -> bool:
@@ -159,6 +169,7 @@ class Run:
         metrics: of this step, whose line is written after the checkpoint; a kill between the two must not lose it.
         """
         with self.timer.phase("save_checkpoint"):
+            self.agree(step)  # (collective)
             best = {"metric": self.best.metric, "value": self.best.value, "step": self.best.step}
             export = self._exporter(engines[exported], statistics) if self.config.checkpoint.save_hf else None
             return self.checkpoints.save(step, engines, {**state, "best": best, "metrics": metrics}, self.best.step, export)
@@ -176,7 +187,24 @@ class Run:
 
         return export
 
+    def agree(self, step: int) -> None:
+        """Raises RuntimeError on all ranks where they are not in the same state. (collective)"""
+        if self.world.size > 1 and step != self.agreed:
+            items = {"step": step, **config_items(self.config), **self._other()}
+            for name, engine in self._engines.items():
+                items |= {f"{name}: {what}": value for what, value in engine.replicated().items()}
+            check_agreement(items, f"after step {step}", self.world)
+            self.agreed = step
+
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
+        """(collective)"""
+        if step == 1 or step % self.config.train.digest_every == 0:
+            self.agree(step)
+        told = self.world.gather_objects(self.pace.take())
+        paces, slow = self.pace.compare(told, metrics.get("timing_s/step", 0.0))
+        metrics = metrics | paces
+        for remark in slow:
+            self.console.message(remark)
         if step:
             measured, remarks = self.meter.compare(self.plan)
             metrics = metrics | measured
@@ -225,6 +253,7 @@ def start_run(
 ) -> Run:
     """Open the run folder: decide what to resume from and with which budget, write the resolved config, open the sinks; `cleanup` closes them, and
     ends the job where memory ran out. (collective)"""
+    check_agreement(config_items(config), "at the start", world)  # (collective)
     checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
     if world.is_main:
         (config.run_dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -244,12 +273,17 @@ def start_run(
     log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
 
     def on_phase(name: str) -> None:
-        world.beat()
+        world.watchdog.enter(name, timer.step)
         meter.begin()
         console.phase(name)
+        run.pace.begin(name)
+
+    def on_end(name: str) -> None:
+        run.pace.end(name)
+        meter.end(name)
 
     meter = MemoryMeter(world.device.type == "cuda")
-    timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, meter.end)
+    timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, on_end)
     run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config))
     cleanup.push(run.leave)
     if taken:
