@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.watchdog import Process, Watchdog
+from rlhf.watchdog import Process, Watchdog, in_time
 
 T = TypeVar("T")
 
@@ -260,7 +260,8 @@ def init_world(threads: int | None = None, init_method: str | None = None, folde
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+            with in_time(stall, rank, f"not all {size} ranks have joined"):
+                dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, size, local_rank, local_size, device, watchdog=Watchdog(rank))
     if size > 1:
         world.store = _own_store(world)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import fcntl
 import json
@@ -149,6 +150,25 @@ def _started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
+
+
+@contextlib.contextmanager
+def in_time(seconds: float | None, rank: int, what: str) -> Iterator[None]:
+    """End this process if the block takes longer: before ranks know each other nobody can say who is missing."""
+
+    def give_up() -> None:
+        os.write(2, f"error (rank {rank}): {what} after {seconds:.0f} s; the job ends with exit code {EXIT_STALLED}\n".encode())
+        faulthandler.dump_traceback(2, all_threads=True)
+        os._exit(EXIT_STALLED)
+
+    timer = threading.Timer(seconds or 0.0, give_up)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Watchdog:
@@ -384,7 +404,8 @@ class Watchdog:
         text = process.describe().encode() if process.alive else f"{process} is gone\n".encode()
         if process.alive:
             with contextlib.suppress(OSError), process.open(process.stacks) as stacks:
-                os.kill(process.pid, signal.SIGUSR2)  # first: it writes its stacks as it goes on, before it does anything else
+                # First, and to the main thread: it writes the stacks as it goes on, before it does anything else.
+                ctypes.CDLL(None).tgkill(process.pid, process.pid, signal.SIGUSR2)
                 os.kill(process.pid, signal.SIGCONT)
                 while process.alive and time.monotonic() < end - 0.2:  # it leaves by itself, with our exit code, if its threads run
                     time.sleep(0.02)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from rlhf.distributed import World
 from rlhf.ranks import Pace, _difference, check_agreement, config_items
-from rlhf.watchdog import Place, Process, Sight, Verdict, Watchdog, judge
+from rlhf.watchdog import EXIT_STALLED, Place, Process, Sight, Verdict, Watchdog, judge
 from tests.helpers import rl_config, single_world
 
 NOW, DEAD = 1000.0, 60.0
@@ -132,3 +134,11 @@ def test_majority_decides_who_is_odd(values: list[Any], found: str) -> None:
 
 def test_one_rank_agrees_with_itself() -> None:
     check_agreement({"step": 1}, "after step 1", single_world())
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.2, EXIT_STALLED), (60, 0), (None, 0)])
+def test_ranks_that_never_join(seconds: float | None, code: int) -> None:
+    program = f"import time; from rlhf.watchdog import in_time\nwith in_time({seconds}, 3, 'not all 8 ranks have joined'): time.sleep(1)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert ("error (rank 3): not all 8 ranks have joined after 0 s" in done.stderr and "line 2" in done.stderr) == bool(code), done.stderr
