@@ -21,14 +21,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, Protocol
 
 EXIT_STALLED = 76  # a rank was silent or stalled (EX_PROTOCOL of sysexits.h: the other side does not answer as it must)
 POLL_SECONDS = 1.0  # between two exchanges
-DEAD_SECONDS = 60.0  # a rank that is not heard of for so long is silent; never longer than a stall
+DEAD_SECONDS = 60.0  # a rank that is not heard of for so long is silent; always less than a stall
 LEAVE_SECONDS = 3.0  # from a verdict to the end of the process: all ranks write their stacks and leave together
 PATIENCE = 2  # times the longest wait for progress in a phase that turned out well
 HOST_WORK = ("set-up", "save_checkpoint")  # CPU seconds are progress there; elsewhere the main thread may spin, waiting for the device
@@ -218,7 +218,7 @@ class Watchdog:
         """Watch from now on. processes: this rank's -> those of all ranks (collective). collectives: how many this rank has begun. folder: where
         stacks are written, in `stalls/`; None: to stderr. stall: seconds without progress; None: only whether the ranks are there."""
         self._store, self._collectives, self._folder, self._stall = store, collectives, folder, stall
-        self._dead = min(DEAD_SECONDS, stall or DEAD_SECONDS)
+        self._dead = min(DEAD_SECONDS, 0.75 * (stall or DEAD_SECONDS))
         self._interval = min(POLL_SECONDS, self._dead / 20)
         self._longest: dict[str, float] = {}
         self._ended: dict[str, Any] | None = None
@@ -389,17 +389,17 @@ class Watchdog:
         self._say(f"error (rank {self.rank}): {found}. The job ends with exit code {code}; {where}\n")
         # In a thread of its own: a file system that hangs may be what it is all about.
         threading.Thread(target=self._write, args=(folder, self.rank, None), daemon=True).start()
-        for rank in silent:
-            self._end_process(rank, folder, end)
+        quiet = {*silent, *(r for r, s in self._sights.items() if r != self.rank and self._answered - s.heard > 4 * self._interval)}
+        for rank in sorted(quiet):
+            self._end_process(rank, quiet, folder, end)
         time.sleep(max(0.0, end - time.monotonic()))
         self._exit(code)
 
-    def _end_process(self, rank: int, folder: Path | None, end: float) -> None:
-        """A silent rank's stacks, and its end, if it is on this node and nobody with a smaller rank is nearer to see to it."""
+    def _end_process(self, rank: int, quiet: Collection[int], folder: Path | None, end: float) -> None:
+        """The stacks of a rank that cannot write them, and its end: the first rank of its node that can sees to it."""
         process = self._processes[rank]
-        near = [r for r, p in enumerate(self._processes) if p.beside(process) and not self._sights[r].place.left]
-        live = [r for r in near if self._answered - self._sights[r].heard <= self._dead / 2 or r == self.rank]
-        if next((r for r in live if r != rank), None) != self.rank:
+        near = (r for r, p in enumerate(self._processes) if p.beside(process) and r not in quiet and not self._sights[r].place.left)
+        if self._sights[rank].place.left or next(near, None) != self.rank:
             return
         text = process.describe().encode() if process.alive else f"{process} is gone\n".encode()
         if process.alive:

@@ -142,3 +142,14 @@ def test_ranks_that_never_join(seconds: float | None, code: int) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert ("error (rank 3): not all 8 ranks have joined after 0 s" in done.stderr and "line 2" in done.stderr) == bool(code), done.stderr
+
+
+def test_silence_is_noticed_before_a_stall() -> None:
+    """A stopped process can neither leave nor write its stacks by itself, so it must not be taken for one that hangs."""
+    for stall in (6.0, 60.0, 600.0):
+        dog = started(stall)
+        now = NOW + dog._dead + 2 * dog._interval
+        sights = {0: Sight(Place(collectives=1), now, NOW), 1: Sight(Place(), NOW, NOW - dog._interval)}
+        verdict = judge(sights, 0, now, now, dog._dead, dog._budget)
+        assert verdict is not None and verdict.silent and verdict.ranks == [1]
+        assert judge(sights, 0, NOW + dog._dead, NOW + dog._dead, dog._dead, dog._budget) is None
