@@ -44,6 +44,7 @@ def test_without_the_store_only_rank_0_is_silent() -> None:
     """The others were last heard of when the store last answered, which says nothing of them."""
     sights = {r: sight(3, 7, silent=61.5, still=61.5) for r in range(3)}
     assert judge(sights, 1, NOW - 61, NOW, DEAD) == Verdict([0], True, 61)
+    assert judge(sights, 1, NOW - 59, NOW, DEAD) is None
 
 
 def started(stall: float | None = 600.0, ranks: int = 2) -> Watchdog:
@@ -99,6 +100,7 @@ def test_slow_rank_is_named_after_three_steps() -> None:
     assert metrics == {"perf/straggler/gen/rank": 1.0, "perf/straggler/gen/ratio": pytest.approx(2.0)}
     assert pace.compare([normal] * 4, 2.0)[1] == []
     assert [len(pace.compare([normal, slow, normal, normal], 2.0)[1]) for _ in range(3)] == [0, 0, 1]  # anew, in a row
+    pace = Pace(world_of(4))
     assert not any(pace.compare([normal, slow, normal, normal], 100.0)[1] for _ in range(6))  # nobody would notice
 
 
