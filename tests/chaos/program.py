@@ -25,7 +25,7 @@ from rlhf.rollout import HybridEngine
 from rlhf.rollout.loop import DecodeLoop
 from rlhf.watchdog import Watchdog
 
-SLOW = 0.05
+SLOW = 0.1
 ROOT = Path(__file__).resolve().parents[2]
 mischief = json.loads(os.environ["MISCHIEF"])
 here: tuple[str, int] = ("set-up", 0)
