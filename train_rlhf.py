@@ -63,7 +63,7 @@ def fit(config: Config, resume: str, max_time: float | None = None) -> None:
     deterministic = config.deterministic if config.deterministic is not None else not on_gpu
     train = {"sft": train_sft, "reward_model": train_reward_model, "rl": train_rl}[config.task]
     with deterministic_kernels(deterministic):
-        world = init_world(config.threads)
+        world = init_world(config.threads, folder=config.run_dir, stall=60 * config.train.stall_minutes)
         seed_everything(config.seed, world.rank)
         with ExitStack() as cleanup:
             try:

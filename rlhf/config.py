@@ -393,6 +393,15 @@ class TrainConfig(Section):
         description="steps in a row whose gradients, logprobs or values are not finite, or that exploded, before weights go back to the last good "
         "checkpoint; after as many again the run stops, with the batch in the run folder",
     )
+    stall_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="a phase without any progress for so long (twice the longest it has ever taken, if that is more) ends the job; keep it below "
+        "the timeout of collectives (DEEPSPEED_TIMEOUT, 30). A rank that has stopped does so after a minute",
+    )
+    digest_every: int = Field(
+        10, ge=1, description="steps between comparisons of what must be the same on all ranks; besides at step 1 and before every checkpoint"
+    )
     packing: bool = Field(True, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
 
     @model_validator(mode="after")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf.watchdog import Process, Watchdog, in_time
+
 T = TypeVar("T")
 
 EXIT_AGAIN = 75  # "start me again": memory ran out, and the run folder holds a smaller budget (EX_TEMPFAIL of sysexits.h)
-POLL_SECONDS = 1.0  # between looks whether another rank has ended the job
-STALL_SECONDS = 1800.0  # a rank that shows no progress for so long in a phase ends the job
 
 
 @dataclass
@@ -34,12 +34,13 @@ class World:
     local_size: int
     device: torch.device
     store: dist.Store | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    processes: Sequence[Process] = ()  # of all ranks
+    waited: float = 0.0  # seconds for others: in `wait_for_all`, and on CPU in collectives
     _meetings: int = field(default=0, repr=False)
     _queues: int = field(default=0, repr=False)
     _left: str | None = field(default=None, repr=False)
     _exchanges: Counter[str] = field(default_factory=Counter, repr=False)
-    _closed: threading.Event = field(default_factory=threading.Event, repr=False)
-    _follower: threading.Thread | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -138,9 +139,8 @@ class World:
             yield indices
 
     def beat(self) -> None:
-        """Publish that this rank is making progress (no collective: a key in the store)."""
-        if self.store is not None:
-            self.store.set(f"beat/{self.rank}", repr(time.time()))
+        """This rank makes progress; no more than a count."""
+        self.watchdog.beats += 1
 
     def shared_queue(self, length: int) -> Callable[[], int | None]:
         """A queue of 0, 1, ..., length - 1 that all ranks pull from, each number once; on the store, no collective. All ranks make it.
@@ -166,29 +166,19 @@ class World:
         return {"take": self.shared_queue(prompts), "most": share * group, "share": share}
 
     def wait_for_all(self, phase: str, poll: float = 0.002) -> None:
-        """Wait until every rank has arrived here, on the store: no collective, so no collective's timeout, however uneven the ranks are.
-
-        Raises RuntimeError that names the ranks and the phase when a missing rank has not called `beat` for STALL_SECONDS.
-        """
+        """Wait until every rank has arrived here, on the store: no collective, so no collective's timeout, however uneven the ranks are."""
         if self.store is None:
             return
         self._meetings += 1
         keys = [f"{phase}/{self._meetings}/{r}" for r in range(self.size)]
         self.store.set(keys[self.rank], "here")
-        seen: dict[int, tuple[bytes, float]] = {}
-        missing = list(range(self.size))
-        while missing:
-            missing = [r for r in missing if not self.store.check([keys[r]])]
-            now = time.monotonic()
-            for r in missing:
-                beat = self.store.get(f"beat/{r}") if self.store.check([f"beat/{r}"]) else b""
-                if r not in seen or seen[r][0] != beat:
-                    seen[r] = (beat, now)
-                elif now - seen[r][1] > STALL_SECONDS:
-                    raise RuntimeError(f"rank {r} made no progress in phase {phase!r} for {STALL_SECONDS:.0f} s; see its log for the cause")
-            if missing:
+        start = time.perf_counter()
+        with self.watchdog.waiting():
+            missing = list(range(self.size))
+            while missing := [r for r in missing if not self.store.check([keys[r]])]:
                 time.sleep(poll)
                 poll = min(poll * 1.5, 0.1)
+        self.waited += time.perf_counter() - start
         # Everybody is here, so everybody has left the meeting before: nobody will look at its key again.
         if self._left is not None:
             self.store.delete_key(self._left)
@@ -219,31 +209,47 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def end_all(self, code: int) -> None:
-        """Every other rank leaves with this exit code, wherever it waits: nothing else would wake it in a collective that this rank will never join.
-        Returns when they have had the time to."""
-        if self.store is not None:
-            self._closed.set()
-            self.store.set("ended", str(code))
-            time.sleep(3 * POLL_SECONDS)
+    def watch(self, folder: Path | None = None, stall: float | None = None) -> None:
+        """Start the watchdog: `Watchdog.start`. (collective)"""
 
-    def _follow(self) -> None:
-        """In a thread: leave when another rank says so."""
-        assert self.store is not None
-        try:
-            while not self._closed.wait(POLL_SECONDS):
-                if self.store.check(["ended"]):
-                    sys.stdout.flush()
-                    os._exit(int(self.store.get("ended")))
-        except RuntimeError:  # rank 0, which serves the store, is gone: how it failed is its own affair
-            return
+        def processes(own: Process) -> Sequence[Process]:
+            self.processes = self.gather_objects(own)
+            return self.processes
+
+        self.watchdog.start(self.store, processes, collectives_begun, folder, stall)
+
+    def end_all(self, code: int) -> None:
+        """`Watchdog.end_all`."""
+        self.watchdog.end_all(code)
 
     def close(self) -> None:
-        self._closed.set()
-        if self._follower is not None:
-            self._follower.join()  # a thread that is inside of torch when the interpreter ends aborts the process
+        self.watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def collectives_begun() -> int:
+    """By this process, in all groups. Read by a thread; nothing waits."""
+    count = 0
+    for group in list(dist.distributed_c10d._world.pg_names):
+        for device in group._device_types:
+            with contextlib.suppress(RuntimeError):  # a group that has none yet
+                count += group._get_backend(device)._get_sequence_number_for_group()
+    return count
+
+
+def _time_waits(world: World) -> None:
+    """On CPU whoever waits for a collective does so in `Work.wait`, DeepSpeed too; on a GPU the device waits, not the host."""
+    wait = dist.Work.wait
+
+    def timed(work: dist.Work, *arguments: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return wait(work, *arguments, **named)
+        finally:
+            world.waited += time.perf_counter() - start
+
+    dist.Work.wait = timed  # type: ignore[method-assign]
 
 
 def launch_environment() -> tuple[int, int, int, int]:
@@ -260,8 +266,8 @@ def launch_environment() -> tuple[int, int, int, int]:
     return rank, size, local, int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1" if size == 1 else "0"))) or size
 
 
-def init_world(threads: int | None = None, init_method: str | None = None) -> World:
-    """Join the process group (NCCL on GPUs, gloo on CPU) that the launcher's environment describes."""
+def init_world(threads: int | None = None, init_method: str | None = None, folder: Path | None = None, stall: float | None = None) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPU) that the launcher's environment describes, and watch it (`World.watch`)."""
     rank, size, local_rank, local_size = launch_environment()
     if torch.cuda.is_available():
         # The KV cache grows by a little every decode step: without this each growth is a new device allocation (rollouts 1.5x slower, H100).
@@ -281,12 +287,14 @@ def init_world(threads: int | None = None, init_method: str | None = None) -> Wo
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
-    world = World(rank, size, local_rank, local_size, device)
+            with in_time(stall, rank, f"not all {size} ranks have joined"):
+                dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+    world = World(rank, size, local_rank, local_size, device, watchdog=Watchdog(rank))
     if size > 1:
         world.store = _own_store(world)
-        world._follower = threading.Thread(target=world._follow, daemon=True)
-        world._follower.start()
+    if device.type == "cpu":
+        _time_waits(world)
+    world.watch(folder, stall)
     return world
 
 

@@ -438,6 +438,15 @@ def _differing(parameter: nn.Parameter, whole: Tensor, world: World, turn: int) 
     return (whole[start + begin : start + end] != own[begin:end].to(whole.device, whole.dtype)).sum()
 
 
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Of a contiguous tensor, mod 2^64; as 64-bit words where it can be read so, which no pass needs to widen."""
+    flat = tensor.detach().view(-1)
+    words = 8 // flat.element_size()
+    if flat.numel() % words == 0 and flat.storage_offset() % words == 0:
+        return flat.view(torch.int64).sum()
+    return flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()]).sum(dtype=torch.int64)
+
+
 # --------------------------------------------------------------------------------------------------------------------------
 # Engines
 
@@ -480,6 +489,7 @@ class FrozenEngine:
         module.requires_grad_(False)
         module.eval()
         self.module = module
+        self._world = world
         self._forward: Callable[..., Any] = module
         if zero_stage(settings) == 3:
             fetch_by_layer(module)
@@ -510,6 +520,7 @@ class FrozenEngine:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """(collective under ZeRO-3)"""
+        self._world.beat()
         if self._parked:
             self._parked.wait()
         return self._forward(*args, **kwargs)
@@ -539,6 +550,7 @@ class TrainEngine:
         self.config, self.world, self.name, self.total_steps = config, world, name, total_steps
         self.stage = zero_stage(settings)
         self.optimizer_steps = 0
+        self.backward_passes = 0
         self._hand_overs = 0
         self._fitting: dict[str, Tensor] | None = None
         self._copies = Copies()
@@ -608,12 +620,14 @@ class TrainEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward with gradients. (collective under ZeRO-3)"""
+        self.world.beat()
         self._mode(train=True)
         return self._engine(*args, **kwargs)
 
     @torch.no_grad()
     def score(self, *args: Any, **kwargs: Any) -> Any:
         """Forward without gradients, dropout off. (collective under ZeRO-3)"""
+        self.world.beat()
         self._mode(train=False)
         return self._engine(*args, **kwargs)
 
@@ -627,6 +641,8 @@ class TrainEngine:
 
         Raises RuntimeError when the first backward of a window leaves a trainable parameter without a gradient (trap 31).
         """
+        self.world.beat()
+        self.backward_passes += 1
         first = not self._window_open
         if first:
             self._untouched = set(self._trainable)
@@ -659,6 +675,16 @@ class TrainEngine:
         norm = self._norm0 if self.stage == 0 else self._engine.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         return StepResult(norm, rate, applied=math.isfinite(norm))
+
+    @torch.no_grad()
+    def replicated(self) -> dict[str, Any]:
+        """What must be the same on every rank, by name; of each parameter that a rank holds whole, the sum of its bits. Under ZeRO-3 those are the
+        small ones that DeepSpeed never partitions, between steps."""
+        whole = {n: p for n, p in self.module.named_parameters() if _shard(p) is None and getattr(p, "ds_persist", True)}
+        sums = torch.stack([_sum_of_bits(p) for p in whole.values()]).tolist() if whole else []
+        rates = [group["lr"] for group in self._engine.optimizer.param_groups]
+        facts = {"optimizer steps": self.optimizer_steps, "backward passes": self.backward_passes, "learning rate": rates}
+        return facts | {f"weights of {name}": bits for name, bits in zip(whole, sums, strict=True)}
 
     def full_tensors(self, layout: Sequence[WeightSource]) -> Iterator[tuple[str, Tensor]]:
         """`full_tensors` of this model's weights. (collective)"""

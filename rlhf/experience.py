@@ -83,7 +83,6 @@ def shared_pass(
     for part in plan:
         batch = collate(rollout.input_ids, rollout.prompt_lengths, rollout.response_lengths, mask, part, packing=packing).to(world.device)
         results.append((part, scorer(batch)))
-        world.beat()
     return gather_results(results, len(rollout), width, world)
 
 

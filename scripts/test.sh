@@ -21,4 +21,4 @@ mypy
 # Two at a time, each file by one worker: most of a test with two ranks is starting them.
 parallel=(-n 2 --dist loadfile -m "$marks")
 pytest "${parallel[@]}" tests/test_*.py
-pytest "${parallel[@]}" tests/distributed tests/e2e
+pytest "${parallel[@]}" tests/distributed tests/e2e tests/chaos

@@ -31,7 +31,7 @@ with contextlib.suppress(ImportError):  # a GPU machine may lack what only CPU t
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """DeepSpeed compiles its CPU collectives at its first start (25-70 s): here, where no test's time runs."""
-    if not any({"distributed", "e2e"} & set(item.path.parts) for item in session.items) or session.config.option.collectonly:
+    if not any({"distributed", "e2e", "chaos"} & set(item.path.parts) for item in session.items) or session.config.option.collectonly:
         return
     program = (
         "from rlhf.distributed import init_world; from rlhf.engine import loading_context;"

@@ -16,7 +16,7 @@ class PhaseTimer:
 
     `synchronize` waits for the device at both ends of a phase (`torch.cuda.synchronize`, None on CPU): kernels run on after their
     launch returns, and without it their seconds are booked on a later phase. `on_phase` hears the name of each phase that begins, `on_end` of
-    each that ends. `latest`: the phase that is on, or was.
+    each that ends. `latest`: the phase that is on, or was; `step`: its step.
     """
 
     def __init__(
@@ -31,8 +31,9 @@ class PhaseTimer:
         self.latest = "set-up"
         self.start_step()
 
-    def start_step(self) -> None:
-        """Forget the last step and start the clock of the next."""
+    def start_step(self, step: int = 0) -> None:
+        """Forget the last step and start the clock of this one."""
+        self.step = step
         self._seconds: dict[str, float] = defaultdict(float)
         self._tokens: dict[str, int] = defaultdict(int)
         self._flops: dict[str, float] = defaultdict(float)

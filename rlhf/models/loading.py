@@ -190,6 +190,7 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
         key = keys[name]
         if key is None:
             continue
+        world.beat()
         whole = handles[files[key]].get_tensor(key).to(parameter.dtype)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if tuple(whole.shape) != shape:

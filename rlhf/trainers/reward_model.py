@@ -54,6 +54,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     start = run.resume({"reward_model": engine}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
+    run.compare({"reward_model": engine}, lambda: {"sampler": sampler.state_dict()})
 
     def probe(module: nn.Module, lengths: list[int], config: Config) -> Tensor:
         sides = [Sequence([0] * n, [True] * n, "") for n in lengths]
@@ -70,7 +71,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         return score_mean_std(engine, some, config, pad, world)  # (collective)
 
     for step in range(start + 1, steps + 1):
-        run.timer.start_step()
+        run.timer.start_step(step)
         batch = [pairs[d.row] for d in sampler.next(config.train.batch)]
         sums = {"loss": 0.0, "correct": 0.0, "margin": 0.0}
         with run.timer.phase("update_reward_model"):

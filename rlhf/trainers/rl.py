@@ -121,6 +121,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     if run.state:
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])
+    run.compare(models.engines, lambda: {"sampler": sampler.state_dict(), "kl_coef": kl_controller.coef})
 
     if start < steps and run.on_gpu:
         fit_budget(run, probes(models))  # (collective)
@@ -141,7 +142,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         run.log_step(0, before | timer.metrics())
 
     def step_once(step: int) -> None:  # (collective)
-        timer.start_step()
+        timer.start_step(step)
         progress = run.progress(step, models.engines, state())
         draws = sampler.next(config.rollout.prompts)
         of_draw = {d.draw: prompts[d.row] for d in draws}

@@ -38,6 +38,7 @@ from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
 from rlhf.models.scoring_head import fuse_head
 from rlhf.preflight import roles
 from rlhf.progress import PROGRESS, Progress
+from rlhf.ranks import Pace, check_agreement, config_items
 from rlhf.requests import STOP, Requests
 from rlhf.state import TensorFile
 
@@ -88,9 +89,16 @@ class Run:
     requests: Requests = field(default_factory=Requests)
     guard: Guard = field(init=False)
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
+    agreed: int | None = None  # the step after which the ranks were last found in the same state
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.config.train.bad_steps)
+        self.pace = Pace(self.world)
+        self.compare({}, dict)
+
+    def compare(self, engines: Mapping[str, TrainEngine], other: Callable[[], dict[str, Any]]) -> None:
+        """What `agree` looks at: engines, and what else must be the same on all ranks."""
+        self._engines, self._other = engines, other
 
     @property
     def on_gpu(self) -> bool:
@@ -244,10 +252,13 @@ class Run:
         if save or asked:
             export = None
             with self.timer.phase("save_checkpoint"):
+                self.agree(step)  # (collective)
                 if self.config.checkpoint.save_hf:
                     export = self._exporter(engines[exported], statistics() if statistics else None)
                 # The line of this step is written after its checkpoint; a kill between the two must not lose it.
                 self._save(Mark(step), {**state, "metrics": metrics}, engines, export=export)
+        elif step == 1 or step % self.config.train.digest_every == 0:
+            self.agree(step)  # (collective)
         self.log_step(step, metrics | timing())
         self._follow(asked)
 
@@ -295,7 +306,22 @@ class Run:
 
         return export
 
+    def agree(self, step: int) -> None:
+        """Raises RuntimeError on all ranks where they are not in the same state. (collective)"""
+        if self.world.size > 1 and step != self.agreed:
+            items = {"step": step, **config_items(self.config), **self._other()}
+            for name, engine in self._engines.items():
+                items |= {f"{name}: {what}": value for what, value in engine.replicated().items()}
+            check_agreement(items, f"after step {step}", self.world)
+            self.agreed = step
+
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """(collective)"""
+        told = self.world.gather_objects(self.pace.take())
+        paces, slow = self.pace.compare(told, metrics.get("timing_s/step", 0.0))
+        metrics = metrics | paces
+        for remark in slow:
+            self.console.message(remark)
         if step:
             measured, remarks = self.meter.compare(self.plan)
             metrics = metrics | measured
@@ -344,6 +370,7 @@ def start_run(
 ) -> Run:
     """Open the run folder: decide what to resume from and with which budget, write the resolved config, open the sinks; `cleanup` closes them, and
     ends the job where memory ran out. (collective)"""
+    check_agreement(config_items(config), "at the start", world)  # (collective)
     checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last, config.checkpoint.background)
     requests = Requests(config.run_dir, world.is_main)
     cleanup.enter_context(requests)
@@ -365,12 +392,17 @@ def start_run(
     log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
 
     def on_phase(name: str) -> None:
-        world.beat()
+        world.watchdog.enter(name, timer.step)
         meter.begin()
         console.phase(name)
+        run.pace.begin(name)
+
+    def on_end(name: str) -> None:
+        run.pace.end(name)
+        meter.end(name)
 
     meter = MemoryMeter(world.device.type == "cuda")
-    timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, meter.end)
+    timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, on_end)
     run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config), requests=requests)
     cleanup.push(run.leave)
     for remark in remarks:

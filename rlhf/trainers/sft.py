@@ -49,6 +49,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     start = run.resume({"actor": actor}, steps)
     if start:
         sampler.load_state_dict(run.state["sampler"])
+    run.compare({"actor": actor}, lambda: {"sampler": sampler.state_dict()})
 
     def probe(module: nn.Module, lengths: list[int], config: Config) -> Tensor:
         return nll_sum(module, [Sequence([0] * n, [True] * n, "") for n in lengths], pad, world.device, config.train.packing)
@@ -58,7 +59,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
         config = run.config
 
     for step in range(start + 1, steps + 1):
-        run.timer.start_step()
+        run.timer.start_step(step)
         batch = [sequences[d.row] for d in sampler.next(config.train.batch)]
         with run.timer.phase("update_actor"):
             total, tokens = 0.0, sum(sum(s.loss_mask[1:]) for s in batch)  # the first token has no prediction
