@@ -67,7 +67,7 @@ def fit(config: Config, resume: str, max_time: float | None = None) -> None:
         seed_everything(config.seed, world.rank)
         with ExitStack() as cleanup:
             try:
-                train(config, world, resume, cleanup)
+                train(config, world, requests.resumes(resume), cleanup)
             except SystemExit:  # all ranks leave together; after any other error they do not
                 world.close()
                 raise

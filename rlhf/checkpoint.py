@@ -15,6 +15,7 @@ under another name from the first moment. So whatever moment a kill or a failing
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -31,10 +32,12 @@ from torch import Tensor
 from rlhf import files
 from rlhf.distributed import World
 from rlhf.files import Written
+from rlhf.requests import CONTROL
 from rlhf.state import PinnedCopies, TensorFile, copy_to_host
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 _HASHERS = 8  # threads
+LAST_WORD_SECONDS = 60.0
 
 
 class Mark(NamedTuple):
@@ -72,6 +75,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, world: World, keep_last: int, background: bool = False) -> None:
         self.folder, self.world, self.keep_last, self.background = run_dir / "checkpoints", world, keep_last, background
         self.pinned = PinnedCopies() if background and world.device.type == "cuda" else None
+        files.beat = world.beat
         self._writer: threading.Thread | None = None
         self._problem: str | None = None  # of the last save; known to all ranks once it is over
 
@@ -100,14 +104,24 @@ class Checkpoints:
         contents = self._contents(engines, progress, copy)
         facts = {"step": mark.step, "part": mark.part, "world_size": self.world.size, **state}
         if self.background:
-            contents = list(contents)
-            if self.pinned is not None:
-                torch.cuda.synchronize()
-            self._writer = threading.Thread(target=self._write, args=(mark, contents, facts, best, export), name="checkpoint-writer", daemon=True)
+            problem = None
+            try:
+                contents = list(contents)
+                if self.pinned is not None:
+                    torch.cuda.synchronize()
+            except Exception as error:  # no host memory, say: the others hear of it from the writer
+                contents, problem = [], f"{type(error).__name__}: {error}"
+            task = (mark, contents, facts, best, export, problem)
+            self._writer = threading.Thread(target=self._write, args=task, name="checkpoint-writer", daemon=True)
             self._writer.start()
             return earlier
         self._write(mark, contents, facts, best, export)
         return self.finish()  # (collective)
+
+    def abandon(self) -> None:
+        """Before this process ends without the others: what is being written may still become whole."""
+        if self._writer is not None:
+            self._writer.join(LAST_WORD_SECONDS)
 
     @property
     def writing(self) -> bool:
@@ -116,9 +130,11 @@ class Checkpoints:
 
     def finish(self) -> str | None:
         """Wait for what is written in the background; what kept the last save from being complete. (collective)"""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        while self.writing:
+            assert self._writer is not None
+            self._writer.join(1.0)
+            self.world.beat()
+        self._writer = None
         problem = self._problem = self.world.broadcast_object(self._problem)  # (collective)
         return problem
 
@@ -143,12 +159,17 @@ class Checkpoints:
             yield "progress", progress
 
     def _write(
-        self, mark: Mark, contents: Iterable[tuple[str, TensorFile]], facts: dict[str, Any], best: Sequence[int], export: Export | None
+        self,
+        mark: Mark,
+        contents: Iterable[tuple[str, TensorFile]],
+        facts: dict[str, Any],
+        best: Sequence[int],
+        export: Export | None,
+        problem: str | None = None,
     ) -> None:
-        """Without a collective: ranks meet at the store, from threads of their own if need be."""
+        """Without a collective: ranks meet at the store, from threads of their own if need be. problem: that there is already, on this rank."""
         final, temporary = self.folder / mark.folder, self.folder / f".writing-{mark.folder}"
         written: dict[str, dict[str, Any]] = {}
-        problem: str | None = None
         try:
             if self.world.is_main and temporary.exists():
                 files.remove(temporary)
@@ -193,6 +214,8 @@ class Checkpoints:
         for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
             files.sync_folder(folder)
         files.sync_folder(temporary)
+        if missing := [name for name, entry in manifest.items() if (temporary / name).stat().st_size != entry["size"]]:
+            raise OSError(f"{missing[0]} has changed while it was written")
         if final.exists():  # of another history: the run goes on from an older one
             files.remove(final)
         files.rename(temporary, final)
@@ -200,11 +223,13 @@ class Checkpoints:
 
     def _tidy(self, mark: Mark, best: Sequence[int]) -> None:
         files.link(self.folder / "latest", mark.folder)
+        if control := os.environ.get(CONTROL):
+            Path(control, "saved").touch()
         if best and mark == Mark(best[0]):
             files.link(self.folder / "best", mark.folder)
         files.sync_folder(self.folder)
         marks = self._marks()
-        keep = {*marks[-self.keep_last :], *(Mark(step) for step in best), mark}
+        keep = {*marks[-self.keep_last :], *(Mark(step) for step in best), mark, next((m for m in reversed(marks) if self._is_good(m)), mark)}
         for old in marks:
             if old not in keep:
                 files.remove(self.folder / old.folder)
@@ -262,6 +287,22 @@ class Checkpoints:
             return None, None, []
         newest, problem = next(iter(problems.items()))
         return newest, f"{problem}, and there is none before it that is whole", []
+
+    def last_good(self) -> Path | None:
+        """The newest whole checkpoint of the end of a step that was good (`state["good"]`). (collective)"""
+        found = None
+        if self.world.is_main:
+            folders = (self.folder / mark.folder for mark in reversed(self._marks()) if self._is_good(mark))
+            found = next((folder for folder in folders if damage(folder) is None), None)
+        return self.world.broadcast_object(found)
+
+    def _is_good(self, mark: Mark) -> bool:
+        if mark.part:
+            return False
+        try:
+            return bool(json.loads((self.folder / mark.folder / "trainer_state.json").read_text()).get("good", True))
+        except (OSError, ValueError):
+            return False
 
     def _set_aside(self, marks: list[Mark]) -> None:
         """Move checkpoints to `checkpoints-N`."""

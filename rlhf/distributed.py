@@ -21,6 +21,8 @@ from rlhf.watchdog import Process, Watchdog, in_time
 
 T = TypeVar("T")
 
+JOIN_SECONDS = 60.0  # at least: imports take long on a slow disk
+EXIT_BAD = 77  # numbers that stay bad: another start would come to the same end
 EXIT_AGAIN = 75  # "start me again": memory ran out, and the run folder holds a smaller budget (EX_TEMPFAIL of sysexits.h)
 
 
@@ -287,7 +289,7 @@ def init_world(threads: int | None = None, init_method: str | None = None, folde
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            with in_time(stall, rank, f"not all {size} ranks have joined"):
+            with in_time(stall and max(stall, JOIN_SECONDS), rank, f"not all {size} ranks have joined"):
                 dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, size, local_rank, local_size, device, watchdog=Watchdog(rank))
     if size > 1:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _DTYPES = {
 }
 
 before: Callable[[str, Path], None] = lambda operation, path: None  # noqa: E731
+beat: Callable[[], None] = lambda: None  # noqa: E731  # called for every CHUNK that is written or read: a slow disk is no stall
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def write(path: Path, parts: Iterator[memoryview | bytes]) -> Written:
                 chunk = view[begin : begin + CHUNK]
                 before("write", path)
                 file.write(chunk)
+                _beat()
                 digest.update(chunk)
                 size += len(chunk)
         file.flush()
@@ -93,8 +96,17 @@ def adopt(path: Path) -> Written:
 
 
 def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(min(CHUNK, 1 + path.stat().st_size)))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(chunk):
+            digest.update(chunk[:n])
+            beat()
+    return digest.hexdigest()
+
+
+def _beat() -> None:
+    if threading.current_thread() is threading.main_thread():  # in the background nothing says that the main thread goes on
+        beat()
 
 
 def make_folder(path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -22,7 +23,8 @@ import psutil
 SAVE, STOP = 1, 2
 
 CONTROL = "RLHF_CONTROL"  # a folder through which scripts/supervise.sh talks to rank 0
-LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "torch.distributed", "supervise.sh")
+STARTED = "RLHF_STARTED"
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "accelerate", "supervise.sh")
 GONE = "the launcher is gone"
 POLL_SECONDS = 1.0
 
@@ -50,16 +52,22 @@ class Requests:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGRTMIN):
             self._before[number] = signal.signal(number, self._handle)
         for file in self._files:
-            file.unlink(missing_ok=True)  # asked of an earlier run
+            if file.exists() and file.stat().st_mtime < psutil.Process().create_time():  # asked of an earlier run
+                file.unlink()
         if self._control and self._run_dir:
             (self._control / "run_dir").write_text(str(self._run_dir.resolve()))
+        self._heard, write = os.pipe()
+        os.set_blocking(write, False)
+        self._before_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(launchers(),), daemon=True)
         self._watcher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
+        os.close(signal.set_wakeup_fd(self._before_fd))
         self._watcher.join()
+        os.close(self._heard)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -72,12 +80,15 @@ class Requests:
 
     def _watch(self, above: list[psutil.Process]) -> None:
         beside = above[0].children() if above else []
-        while not self._over.wait(POLL_SECONDS):
+        ended = False  # by a launcher, perhaps; Python's own handlers wait for the main thread, which may wait for a lost rank
+        while not self._over.is_set():
+            if select.select([self._heard], [], [], POLL_SECONDS)[0]:
+                ended |= signal.SIGTERM in os.read(self._heard, 64)
             if any(_is_gone(process) for process in above):
                 self._ask(STOP, GONE)
             # A launcher that has lost a rank sends SIGTERM to the others, one after another, and SIGKILL to each that is still there after 30 s:
             # those that wait for the lost one in a collective.
-            if self.reason == "SIGTERM" and not self.leaving and any(_is_gone(process) for process in beside):
+            if ended and not self.leaving and any(_is_gone(process) for process in beside):
                 os._exit(128 + signal.SIGTERM)
 
     def poll(self) -> int:
@@ -92,7 +103,7 @@ class Requests:
         if self._polled is not None:
             self._longest_part = max(self._longest_part, now - self._polled)
         self._polled = now
-        if self._limit is not None and time.time() - psutil.Process().create_time() + 1.2 * self._longest_part + 2 * self._longest_save > self._limit:
+        if self._limit is not None and time.time() - started() + 1.2 * self._longest_part + 2 * self._longest_save > self._limit:
             self._ask(STOP, f"--max_time {self._limit:g} s is near")
         asked = self._asked
         if asked == SAVE:
@@ -102,12 +113,29 @@ class Requests:
     def saved(self, seconds: float) -> None:
         """A checkpoint took so long; it is no part of a step."""
         self._longest_save = max(self._longest_save, seconds)
-        self._polled = None
+        self._polled = time.monotonic()
+
+    def done(self) -> None:
+        """Tell the supervisor that the run is complete: DeepSpeed's launcher says so too when it was killed."""
+        if self._control:
+            (self._control / "done").touch()
 
     def leave(self, reason: str) -> None:
         """Tell the supervisor that this end was asked for: it does not start the job again."""
         if self._control and reason != GONE:
             (self._control / "left").write_text(reason)
+
+
+def started() -> float:
+    """When the job was started, in seconds since the epoch: by the supervisor, if there is one, which may have started it several times."""
+    return float(os.environ.get(STARTED) or psutil.Process().create_time())
+
+
+def resumes(resume: str) -> str:
+    """What `--resume` means for a job that is started again with the same command line: never, or an old checkpoint, only the first time."""
+    control = os.environ.get(CONTROL)
+    again = (control and Path(control, "saved").exists()) or int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return "auto" if again else resume
 
 
 def _is_gone(process: psutil.Process) -> bool:
@@ -122,7 +150,7 @@ def launchers() -> list[psutil.Process]:
     found = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
-            if not any(name in word for word in process.cmdline()[:4] for name in LAUNCHERS):
+            if not any(Path(word).name in LAUNCHERS for word in process.cmdline()[:4]):
                 break
             found.append(process)
     return found

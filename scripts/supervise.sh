@@ -3,8 +3,8 @@
 #
 #     scripts/supervise.sh deepspeed --num_gpus 8 train_rlhf.py --config recipe.yaml
 #
-# Stops, with the job's exit code, when the job is done or refuses its recipe (2), or has failed FAILURES times (4) without a new checkpoint in between; waits
-# longer from time to time. SIGTERM, SIGUSR1 or Ctrl-C: all ranks save at their next common boundary and leave; then it ends with 75, "start me again".
+# Stops, with the job's exit code, when the job is done, refuses its recipe (2), cannot go on from bad numbers (77), or has failed FAILURES times (4) without a new
+# checkpoint in between; waits longer from time to time. SIGTERM, SIGUSR1 or Ctrl-C: all ranks save at their next common boundary and leave; then it ends with 75, "start me again".
 # What every attempt that failed has printed is kept in RUN_DIR/attempts. No process of an attempt outlives it.
 set -uo pipefail
 
@@ -18,7 +18,8 @@ if [ $# -eq 0 ]; then
 fi
 
 RLHF_CONTROL=$(mktemp -d)
-export RLHF_CONTROL
+RLHF_STARTED=$(date +%s)
+export RLHF_CONTROL RLHF_STARTED
 job=
 failed=0
 mark=
@@ -50,7 +51,7 @@ keep_log() {  # the evidence
 for ((attempt = 1; ; attempt++)); do
     rm -f "$RLHF_CONTROL/left"
     # A session and a process group of its own, so that all of it can be found, and so that a signal to ours does not end its launcher.
-    setsid "$@" > >(tee "$log") 2>&1 &
+    setsid "$@" > >(trap '' INT TERM HUP USR1; exec tee "$log") 2>&1 &
     job=$!
     while kill -0 "$job" 2>/dev/null; do
         wait "$job"  # a signal to us ends the waiting, not the job
@@ -62,20 +63,30 @@ for ((attempt = 1; ; attempt++)); do
         sleep 0.1
     done
     alive && say "processes were left after $grace s: killed" && kill -KILL -- "-$job"
+    for ((i = 0; i < 50; i++)); do
+        alive || break
+        sleep 0.1
+    done
 
-    [ "$code" -eq 0 ] && leave 0
+    # DeepSpeed's launcher ends with 0 when the process below it was killed.
+    if [ "$code" -eq 0 ] && { [ -e "$RLHF_CONTROL/done" ] || [ ! -e "$RLHF_CONTROL/run_dir" ]; }; then
+        leave 0
+    fi
     if [ -e "$RLHF_CONTROL/left" ]; then
         say "saved and left: $(cat "$RLHF_CONTROL/left")"
         leave 75
     fi
     [ "$code" -eq 2 ] && leave 2
+    [ "$code" -eq 77 ] && leave 77
     keep_log "$code"
     if [ -e "$RLHF_CONTROL/stop" ]; then
         say "asked to leave, and the job ended with $code: the newest checkpoint is an older one"
         leave 75
     fi
     newest=$(readlink "$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null)/checkpoints/latest" 2>/dev/null || echo none)
-    if [ "$newest" = "$mark" ]; then
+    if [ "$code" -eq 75 ]; then
+        failed=0  # memory ran out: with the smaller budget, which has an end, it is another job
+    elif [ "$newest" = "$mark" ]; then
         failed=$((failed + 1))
     else
         failed=1
@@ -83,13 +94,14 @@ for ((attempt = 1; ; attempt++)); do
     fi
     if [ "$failed" -ge "$failures_allowed" ]; then
         say "attempt $attempt ended with $code: failure $failed after the same checkpoint ($newest). Not started again."
-        leave "$code"
+        leave $((code == 0 ? 1 : code))
     fi
-    seconds=$((5 << (failed - 1)))
+    seconds=$((5 << failed >> 1))
     [ "$seconds" -gt "$longest_pause" ] && seconds=$longest_pause
     say "attempt $attempt ended with $code, newest checkpoint: $newest. Next attempt in $seconds s."
     sleep "$seconds" &
     pause=$!
+    [ -e "$RLHF_CONTROL/stop" ] && leave 75
     wait "$pause"
     pause=
     [ -e "$RLHF_CONTROL/stop" ] && leave 75

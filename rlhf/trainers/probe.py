@@ -51,7 +51,8 @@ def fit_budget(run: Run, losses: Mapping[str, Loss]) -> None:
 def fits(run: Run, name: str, loss: Loss) -> bool:
     """Whether this rank has room for the largest update of a role. No collective."""
     try:
-        _try(run, name, loss)
+        with torch.random.fork_rng(devices=[run.world.device] if run.on_gpu else []):  # what a checkpoint has restored goes on as it was
+            _try(run, name, loss)
         done = True
     except torch.OutOfMemoryError:
         done = False

@@ -100,13 +100,13 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
             with run.timer.phase("testing"):
                 measured = pair_accuracy(engine, held_out, config, pad, world)  # (collective)
         metrics |= measured
-        new_best = bool(measured) and best.offer(step, measured)
+        new_best = good and bool(measured) and best.offer(step, measured)
         lengths = torch.tensor([len(side.input_ids) for p in batch for side in (p.chosen, p.rejected)]).numpy()
         tokens = int(lengths.sum())
         run.timer.add("update_reward_model", tokens // world.size, update_flops(shape, lengths, 2 * len(batch), role.lora is not None) / world.size)
         peak = device_peak_flops()
         timing = partial(run.timer.metrics, peak, step_tokens=tokens // world.size, actor_memory_mb=run.meter.most_allocated_mb())
-        save = good and (new_best or run.is_due(step, steps))
+        save = new_best or (good and run.is_due(step, steps))
         state = {"sampler": sampler.state_dict()}
         run.end_step(step, metrics, {"reward_model": engine}, state, "reward_model", save, statistics=statistics, timing=timing)
     run.finish()

@@ -190,9 +190,10 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
             measured = {name: float(value) for name, value in progress.once("validation", tested).items()}
         metrics |= measured
         if world.is_main:
-            write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
-        new_best = bool(measured) and best.offer(step, measured)
-        save = good and (new_best or run.is_due(step, steps))
+            with run.disk_may_fail():
+                write_training_samples(run.samples_dir / f"training-{step:06d}.jsonl", experience, tokenizer, config.validation.samples)
+        new_best = good and bool(measured) and best.offer(step, measured)
+        save = new_best or (good and run.is_due(step, steps))
         timing = partial(accounting, step, rollout, actor_updates=len(update.steps["actor"]))
         run.end_step(step, metrics, models.engines, state(), "actor", save, timing=timing)
 

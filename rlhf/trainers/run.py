@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import fcntl
 import hashlib
 import json
 import math
 import os
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
 from rlhf.checkpoint import Checkpoints, Export, Mark, Saved
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
-from rlhf.distributed import EXIT_AGAIN, World, device_names
+from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.guards import Action, Guard
 from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, longest_row, plan_memory
@@ -175,10 +178,13 @@ class Run:
     def progress(self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any]) -> Progress:
         """Of a step that begins, with what the checkpoint that we resume from has of it; state: of the trainer as the step begins."""
 
+        before = {**self._own_state(), **state, "metrics": {}}  # a step that goes on is judged when it is over, and once
+
         def boundary(progress: Progress) -> None:  # (collective)
             if asked := self.asked():
                 kept = progress.collected(self.world)  # (collective)
-                self._save(Mark(step - 1, progress.part), {**state, "metrics": {}}, engines, progress=kept if self.world.is_main else None)
+                with self.timer.phase("save_checkpoint"):
+                    self._save(Mark(step - 1, progress.part), before, engines, progress=kept if self.world.is_main else None)
                 self._follow(asked)
 
         kept = None
@@ -196,7 +202,7 @@ class Run:
     ) -> bool:
         """Whether a step was good; what was not is skipped, leads back to the last good checkpoint, or ends the run. Adds to `metrics`. (collective)
 
-        Raises RuntimeError where the run ends."""
+        Raises SystemExit where the run ends."""
         action, problem, remarks = self.guard.judge(problem, metrics)
         for remark in remarks:
             self.console.message(f"step {step}: {remark}")
@@ -205,11 +211,8 @@ class Run:
             return True
         found = None
         if action is Action.ROLL_BACK:
-            problem_of_save = self.checkpoints.finish()  # (collective)
-            found, said = self.checkpoints.find("auto")  # (collective)
-            for remark in [problem_of_save, *said]:
-                if remark:
-                    self.console.message(remark)
+            self.checkpoints.finish()  # (collective)
+            found = self.checkpoints.last_good()  # (collective)
             if found is None:
                 action = Action.STOP
         self.console.message(f"step {step}: {problem}: " + (f"weights go back to {found.name}" if found else action.value))
@@ -222,8 +225,17 @@ class Run:
                 (folder / "why.txt").write_text(f"{problem}\n")
                 (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
                 save_batch(folder)
-            raise RuntimeError(f"step {step}: {problem}, and so were steps before it; its batch is in {folder}")
+            self.console.message(f"error: step {step}: {problem}, and so were steps before it; its batch is in {folder}")
+            raise SystemExit(EXIT_BAD)
         return False
+
+    @contextlib.contextmanager
+    def disk_may_fail(self) -> Iterator[None]:
+        """What is written here is not worth the run."""
+        try:
+            yield
+        except OSError as error:
+            self.console.message(f"not written: {error}")
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether the recipe wants a checkpoint of this step."""
@@ -265,12 +277,17 @@ class Run:
     def _save(
         self, mark: Mark, state: dict[str, Any], engines: dict[str, TrainEngine], export: Export | None = None, progress: TensorFile | None = None
     ) -> None:  # (collective)
-        state |= {"best": {"metric": self.best.metric, "top": self.best.top}, "guard": self.guard.state_dict()}
+        state = {**self._own_state(), **state}
         started = time.monotonic()
         problem = self.checkpoints.save(mark, engines, state, self.best.steps, export, progress)
         self.requests.saved(time.monotonic() - started)
         if problem:
+            self.best.top = [entry for entry in self.best.top if entry[1] != mark.step]  # what is not there is not the best, and keeps nothing
             self.console.message(f"{problem}. Training goes on; the checkpoints before it are whole.")
+
+    def _own_state(self) -> dict[str, Any]:
+        best = {"metric": self.best.metric, "top": list(self.best.top)}
+        return {"best": best, "guard": copy.deepcopy(self.guard.state_dict()), "good": self.guard.bad == 0}
 
     def _follow(self, asked: int) -> None:
         """Leave, if that is what was asked for: everything is saved. (collective)"""
@@ -279,15 +296,17 @@ class Run:
         self.requests.leaving = True
         problem = self.checkpoints.finish()  # (collective)
         reasons = [reason for reason in self.world.gather_objects(self.requests.reason) if reason]  # (collective)
-        self.console.message(f"leaving: {reasons[0]}. " + (f"{problem}. " if problem else "") + "Started again, it goes on from here.")
         if self.world.is_main:
             self.requests.leave(reasons[0])
+        self.console.message(f"leaving: {reasons[0]}. " + (f"{problem}. " if problem else "") + "Started again, it goes on from here.")
         raise SystemExit(EXIT_AGAIN)
 
     def finish(self) -> None:
         """Everything is on disk, or it is an error: RuntimeError. (collective)"""
         if problem := self.checkpoints.finish():
             raise RuntimeError(f"the last checkpoint is missing: {problem}")
+        if self.world.is_main:
+            self.requests.done()
 
     def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None) -> Export | None:
         """Writes what is taken now, on rank 0. (collective)"""
@@ -327,13 +346,16 @@ class Run:
             metrics = metrics | measured
             for remark in remarks:
                 self.console.message(remark)
-        self.log.log(step, metrics)
+        with self.disk_may_fail():
+            self.log.log(step, metrics)
         self.console.step(step, metrics)
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close the sinks, also when training failed. A tracker that hangs would keep the interpreter from exiting, so then it ends here."""
         self.console.close()
         self.log.close()
+        if error is not None:
+            self.checkpoints.abandon()
         if isinstance(error, torch.OutOfMemoryError):
             self.end_for_memory(error)
         if self.log.abandoned:
@@ -371,6 +393,8 @@ def start_run(
     """Open the run folder: decide what to resume from and with which budget, write the resolved config, open the sinks; `cleanup` closes them, and
     ends the job where memory ran out. (collective)"""
     check_agreement(config_items(config), "at the start", world)  # (collective)
+    if busy := world.broadcast_object(take_folder(config.run_dir, cleanup) if world.is_main else None):  # (collective)
+        raise ValueError(busy)
     checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last, config.checkpoint.background)
     requests = Requests(config.run_dir, world.is_main)
     cleanup.enter_context(requests)
@@ -410,6 +434,22 @@ def start_run(
     if taken:
         console.message(f"auto: {' '.join(f'{key}={str(value).lower()}' for key, value in taken.items())}: from {BUDGET}")
     return run
+
+
+def take_folder(run_dir: Path, cleanup: contextlib.ExitStack) -> str | None:
+    """Hold the run folder until the run is over; who holds it already, if somebody does. The system lets go of it when this process ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = cleanup.enter_context((run_dir / ".lock").open("a+"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        return f"run_dir={run_dir}: another job is at work there ({lock.read().strip()}): end it first, or give this one another folder"
+    except OSError:  # a file system without locks
+        return None
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+    return None
 
 
 def check_same_data(world: World, rows: Iterable[list[int]]) -> None:

@@ -80,14 +80,14 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
             with run.timer.phase("testing"):
                 measured = held_out_loss(actor, held_out, config, pad, world)  # (collective)
         metrics |= measured
-        new_best = bool(measured) and best.offer(step, measured)
+        new_best = good and bool(measured) and best.offer(step, measured)
         lengths = torch.tensor([len(s.input_ids) for s in batch]).numpy()
         run.timer.add(
             "update_actor", int(lengths.sum()) // world.size, update_flops(shape, lengths, tokens, config.actor.lora is not None) / world.size
         )
         peak = device_peak_flops()
         timing = partial(run.timer.metrics, peak, step_tokens=int(lengths.sum()) // world.size, actor_memory_mb=run.meter.most_allocated_mb())
-        save = good and (new_best or run.is_due(step, steps))
+        save = new_best or (good and run.is_due(step, steps))
         run.end_step(step, metrics, {"actor": actor}, {"sampler": sampler.state_dict()}, "actor", save, timing=timing)
     run.finish()
 

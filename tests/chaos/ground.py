@@ -20,8 +20,9 @@ HOOK = '''
 """A reward, and hooks into the ranks.
 
 CHAOS_AT="PHASE-STEP": when that phase begins, each rank leaves a file CHAOS_NOTES/RANK and waits a second.
-CHAOS_KILL="RANK WHO EVENT SECONDS": at an event of that rank, once in all attempts, WHO (rank or launcher) gets SIGKILL so many seconds later;
-EVENT is PHASE-STEP, or file-NUMBER: the operation of a checkpoint on a file.
+CHAOS_KILL="RANK WHO EVENT SECONDS; ...": one kill for each attempt: at an event of that rank WHO gets SIGKILL so many seconds later. WHO is rank,
+inner (the process that has started the ranks) or launcher (the one that has started that). EVENT is PHASE-N, in the N-th step of this attempt, or
+file-N: the N-th operation of a checkpoint on a file.
 """
 
 import os
@@ -37,21 +38,20 @@ from rlhf.metrics.timing import PhaseTimer
 
 rank, at, notes = os.environ.get("RANK"), os.environ.get("CHAOS_AT"), Path(os.environ["CHAOS_NOTES"])
 begun, whole = {"gen": 0, "file": 0}, PhaseTimer.phase
-victim, who, event, seconds = os.environ.get("CHAOS_KILL", "- - - 0").split()
+kills = [kill.split() for kill in os.environ["CHAOS_KILL"].split(";") if kill]
+number = len(list(notes.glob("killed-*")))
+victim, who, event, seconds = kills[number] if number < len(kills) else ("none", "", "", "")
 
 
 def kill():
-    with (notes / "killed").open("w") as file:
-        file.write(f"{who} {event}")
-        file.flush()
+    with (notes / f"killed-{number}").open("w") as file:
         os.fsync(file.fileno())
-    parents = [p for p in psutil.Process().parents() if "deepspeed" in " ".join(p.cmdline())]
-    target = psutil.Process() if who == "rank" else [p for p in parents if "supervise.sh" not in " ".join(p.cmdline())][-1]
-    target.send_signal(signal.SIGKILL)
+    parents = [p for p in psutil.Process().parents() if "deepspeed" in " ".join(p.cmdline()) and "supervise.sh" not in " ".join(p.cmdline())]
+    {"rank": psutil.Process(), "inner": parents[0], "launcher": parents[-1]}[who].send_signal(signal.SIGKILL)
 
 
 def happens(name):
-    if rank == victim and name == event and not (notes / "killed").exists():
+    if rank == victim and name == event and not (notes / f"killed-{number}").exists():
         if float(seconds):
             threading.Timer(float(seconds), kill).start()
         else:
@@ -110,7 +110,7 @@ def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
 class Job:
     """`scripts/supervise.sh deepspeed train_rlhf.py`, with two ranks."""
 
-    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "- - - 0") -> None:
+    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "") -> None:
         self.run_dir, self.notes = run_dir, run_dir.with_name(f"{run_dir.name}-notes")
         self.notes.mkdir(exist_ok=True)
         self.log = run_dir.with_name(f"{run_dir.name}.log")
@@ -142,15 +142,6 @@ class Job:
                 if (rank := re.search(r"train_rlhf.py --local_rank=(\d)", line)) and "launch" not in line:
                     found[int(rank[1])] = process
         return [found[rank] for rank in sorted(found)]
-
-    def launcher(self) -> psutil.Process | None:
-        """The process that `deepspeed` itself is."""
-        for process in self.family().values():
-            with contextlib.suppress(psutil.Error):
-                line = process.cmdline()
-                if len(line) > 1 and line[1].endswith("/deepspeed"):
-                    return process
-        return None
 
     def wait_for_phase(self, seconds: float = 200) -> None:
         """Until all ranks have begun the phase `at`."""

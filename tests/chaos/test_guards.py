@@ -151,8 +151,8 @@ def train(world: World, ground: Path, recipe: Path, run_dir: Path, where: str, f
     try:
         with ExitStack() as cleanup:
             rlhf.trainers.rl.train_rl(load_config(recipe, [f"run_dir={run_dir}"]), world, "never", cleanup)
-    except RuntimeError as error:
-        return str(error)
+    except SystemExit as leaving:
+        return str(leaving.code)
     return "done"
 
 
@@ -182,8 +182,7 @@ def test_nan_on_one_rank_costs_a_step(where: str, name: str, stage: int, ground:
 
 def test_what_stays_bad_goes_back_once_and_stops_with_its_batch(ground: Path) -> None:
     recipe, run_dir = recipe_of(ground, GRPO, 3, 9), ground / "stays bad"
-    for ended in run_ranks(train, 2, ground, recipe, run_dir, "loss", 3, 9):
-        assert ended.startswith("step 6: the actor's gradient is not finite") and "bad-step-000006" in ended
+    assert run_ranks(train, 2, ground, recipe, run_dir, "loss", 3, 9) == ["77", "77"]
     lines = metrics(run_dir)
     assert [line["guard/rolled_back"] for line in lines] == [0, 0, 0, 1, 0]
     batch = load_file(run_dir / "bad-step-000006" / "experience.safetensors")

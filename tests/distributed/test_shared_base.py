@@ -216,7 +216,8 @@ def two_steps(world: World, models: Path, reward: Path, stage: int, folder: Path
     straight = ppo_steps(held, run, range(1, 2))
     for name, engine in held.engines.items():
         save_state(engine, folder / name)
-    run._exporter(held.actor, None)(folder)
+    if export := run._exporter(held.actor, None):
+        export(folder)
     straight = ppo_steps(held, run, range(2, 3)) | weights(held)
     again, run = open_models(config, world)
     for name, engine in again.engines.items():

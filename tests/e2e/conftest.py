@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.e2e.programs import Outcome, make_model, preference_rows, reversal_rows, succeed, write_jsonl, write_recipe
 from tests.e2e.rows import MALFORMED
@@ -87,9 +91,29 @@ class Finished:
         return self.run_dir / "checkpoints" / "latest" / "hf"
 
 
+def once(ground: Ground, name: str, make: Callable[[], Finished]) -> Finished:
+    """Made by whichever of the test processes comes first."""
+    kept = ground.folder / f"{name}.pickle"
+    with FileLock(ground.folder / f"{name}.lock"):
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(make()))
+    return pickle.loads(kept.read_bytes())  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    folder = tmp_path_factory.mktemp("e2e")
+    """The same for all test processes."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "e2e"
+    with FileLock(folder.with_name("e2e.lock")):
+        if not folder.exists():
+            make_ground(folder.with_name("e2e.new"))
+            folder.with_name("e2e.new").rename(folder)
+    return Ground(folder)
+
+
+def make_ground(folder: Path) -> None:
+    folder.mkdir()
     make_model(folder / "base")
     make_model(folder / "ends", eos_by_prompt=True)
     unread = make_model(folder / "unreadable")  # whoever loads this model finds no weights
@@ -105,7 +129,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     (folder / "python").mkdir()
     (folder / "python" / "e2e_rewards.py").write_text(REWARDS)
     (folder / "python" / "e2e_broken_rank.py").write_text(BROKEN_RANK)
-    return Ground(folder)
 
 
 def _bytes(row: Any) -> bytes:
@@ -174,7 +197,7 @@ def sft(ground: Ground) -> Finished:
         tracking={"wandb": "offline", "timeout": 20},
     )
     path = ground.recipe("sft", recipe)
-    return Finished(ground.run_dir("sft"), path, succeed(path, env=ground.env))
+    return once(ground, "sft", lambda: Finished(ground.run_dir("sft"), path, succeed(path, env=ground.env)))
 
 
 @pytest.fixture(scope="session")
@@ -190,17 +213,17 @@ def reward_model(ground: Ground, sft: Finished) -> Finished:
     }
     path = ground.recipe("reward_model", recipe)
     env = {**ground.env, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    return Finished(ground.run_dir("reward_model"), path, succeed(path, env=env))
+    return once(ground, "reward_model", lambda: Finished(ground.run_dir("reward_model"), path, succeed(path, env=env)))
 
 
 @pytest.fixture(scope="session")
 def ppo(ground: Ground, sft: Finished, reward_model: Finished) -> Finished:
     path = ground.recipe("ppo", ppo_recipe(ground, sft.hf, reward_model.hf))
-    return Finished(ground.run_dir("ppo"), path, succeed(path, env=ground.env))
+    return once(ground, "ppo", lambda: Finished(ground.run_dir("ppo"), path, succeed(path, env=ground.env)))
 
 
 @pytest.fixture(scope="session")
 def grpo(ground: Ground, sft: Finished) -> Finished:
     path = ground.recipe("grpo", grpo_recipe(ground, sft.hf))
     env = {**ground.env, "RECORD_TOKENS": str(ground.folder / "tokens-2")}
-    return Finished(ground.run_dir("grpo"), path, succeed(path, env=env))
+    return once(ground, "grpo", lambda: Finished(ground.run_dir("grpo"), path, succeed(path, env=env)))

@@ -46,6 +46,7 @@ def test_tasks_of_one_model(task: str, ground: Ground) -> None:
     assert chosen(ground.run_dir(f"auto-{task}")) == {"train.micro_batch_tokens": 16_384, **narrow}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_was_chosen(ground: Ground) -> None:
     recipe, run_dir = ground.recipe("auto-rl", recipe_of(ground, "rl")), ground.run_dir("auto-rl")
     dry = succeed(recipe, "--dry_run", launcher="python", env=ground.env).out

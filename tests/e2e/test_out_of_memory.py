@@ -107,6 +107,7 @@ def test_started_again_with_a_smaller_budget(ground: Ground) -> None:
     assert not list(run_dir.glob(".budget*"))
 
 
+@pytest.mark.slow
 def test_what_was_chosen_becomes_smaller_too(ground: Ground) -> None:
     recipe, run_dir = recipe_of(ground, "memory-auto", micro_batch_tokens="auto"), ground.run_dir("memory-auto")
     done = ranks(recipe, env={**ground.env, "ROOM": "60"})

@@ -72,6 +72,7 @@ def go_on(straight: Finished, ground: Ground, run_dir: Path) -> None:
     assert "resumed from" in outcome.out
 
 
+@pytest.mark.slow
 def test_ppo_stopped_after_step_2(ppo: Finished, ground: Ground) -> None:
     """ZeRO-3, adaptive KL, 2 epochs x 2 minibatches, a learning rate that decays, the best checkpoint by validation."""
     coefficients = [line["actor/kl_coef"] for line in metrics(ppo.run_dir) if "actor/kl_coef" in line]
@@ -81,6 +82,7 @@ def test_ppo_stopped_after_step_2(ppo: Finished, ground: Ground) -> None:
     assert_same_end(ppo.run_dir, run_dir, after=2)
 
 
+@pytest.mark.slow
 def test_ppo_killed_after_step_3(ppo: Finished, ground: Ground) -> None:
     run_dir = killed_after(ppo, ground, 3)
     reached = checkpoints(run_dir)[-1]

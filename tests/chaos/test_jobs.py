@@ -1,0 +1,63 @@
+"""Whole jobs under the supervisor: kill -9, and signals that ask them to leave. The end is that of a job that nobody touched; no process is left."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from scripts.chaos import STEPS, disturbed
+from tests.chaos.ground import Job, digest, make_ground, newest, undisturbed
+from tests.e2e.programs import steps
+
+pytestmark = pytest.mark.timeout(900)
+
+KILLS = (
+    "1 rank update_actor-1 0.01;"
+    "0 rank file-20 0;"  # inside of the first save
+    "0 launcher gen-2 0;"
+    "0 inner gen-1 0"  # after which the launcher says that all is well
+)
+PHASES = {"rollout": "gen", "score": "values", "update": "update_actor", "save": "save_checkpoint", "validation": "testing"}
+SIGNALS = [
+    pytest.param(number, target, phase, marks=[] if (number, target, phase) == (signal.SIGTERM, "supervisor", "rollout") else pytest.mark.slow)
+    for number in (signal.SIGTERM, signal.SIGUSR1)
+    for target in ("rank 0", "last rank", "supervisor")
+    for phase in PHASES
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ground(tmp_path_factory.mktemp("jobs"), STEPS)
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: Path) -> str:
+    return undisturbed(recipe, recipe.parent / "undisturbed", STEPS)
+
+
+def test_killed_four_times(recipe: Path, expected: str) -> None:
+    found = disturbed(recipe, recipe.parent / "killed", KILLS, expected)
+    assert found["hit"] and found["same"], found
+
+
+@pytest.mark.parametrize(("number", "target", "phase"), SIGNALS)
+def test_asked_to_leave(number: signal.Signals, target: str, phase: str, recipe: Path, expected: str) -> None:
+    """One whole checkpoint and exit code 75, in whatever phase of the second step; then to the same end."""
+    run_dir = recipe.parent / f"{number.name}-{target}-{phase}"
+    job = Job(recipe, run_dir, at=f"{PHASES[phase]}-2")
+    job.wait_for_phase()
+    ranks = job.ranks()
+    assert len(ranks) == 2, job.family()
+    {"rank 0": ranks[0], "last rank": ranks[1], "supervisor": job.process}[target].send_signal(number)
+    assert job.wait() == 75, job.log.read_text()[-5000:]
+    text = job.log.read_text()
+    assert f"leaving: {number.name}" in text and f"supervise: saved and left: {number.name}" in text, text[-3000:]
+    left = newest(run_dir)
+    assert left.name == "checkpoint-2" if phase == "save" else left.name.startswith("checkpoint-1+"), "inside of the step, not after it"
+    job = Job(recipe, run_dir)
+    assert job.wait() == 0
+    assert digest(run_dir, STEPS) == expected
+    assert steps(run_dir) == steps(recipe.parent / "undisturbed")
