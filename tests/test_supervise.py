@@ -25,7 +25,10 @@ class Supervised:
         with self.log.open("w") as log:
             environment = {"PATH": "/usr/bin:/bin", "PAUSE": "0", "GRACE": "1", **env}
             command = ["bash", str(ROOT / "scripts" / "supervise.sh"), "bash", str(script)]
+            # A shell cannot trap what is ignored when it starts, as SIGINT is in whatever a shell has put into the background.
+            heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            signal.signal(signal.SIGINT, heard)
 
     @property
     def attempts(self) -> int:
