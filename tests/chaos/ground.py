@@ -48,6 +48,7 @@ def kill():
         os.fsync(file.fileno())
     parents = [p for p in psutil.Process().parents() if "deepspeed" in " ".join(p.cmdline()) and "supervise.sh" not in " ".join(p.cmdline())]
     {"rank": psutil.Process(), "inner": parents[0], "launcher": parents[-1]}[who].send_signal(signal.SIGKILL)
+    time.sleep(3)  # the ranks are to find out before the run is over
 
 
 def happens(name):

@@ -79,7 +79,7 @@ if int(os.environ["RANK"]) == mischief["rank"]:
         first(rlhf.models.loading, "_fill")
         first(HybridEngine, "generate")
         first(FrozenEngine, "__call__")
-        for name in ("score", "backward", "save"):
+        for name in ("score", "backward", "state_files"):
             first(TrainEngine, name)
 
 sys.argv[0] = str(ROOT / "train_rlhf.py")

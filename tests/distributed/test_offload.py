@@ -223,6 +223,7 @@ def whole_run(world: World, models: Path, folder: Path, offloads: bool | str) ->
     return {p.name: p.read_bytes() for p in (folder / f"run-{offloads}" / "checkpoints").rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_the_loop_computes_the_same_bits(models: Path, tmp_path: Path) -> None:
     """PPO with all four models under ZeRO-3."""
     plain, sent, auto = (run_ranks(whole_run, 2, models, tmp_path, o)[0] for o in (False, True, "auto"))

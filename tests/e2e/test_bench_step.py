@@ -21,9 +21,10 @@ from rlhf.config import ROOT
         ),
         (["--lora", "4", "--no_reference", "--reward_ms", "1", "--checkpointing", "mlp"], {"gen", "reward", "update_actor", "hand_over"}),
         pytest.param(["--compile", "--without", "packing"], {"gen", "ref", "update_actor", "hand_over"}, marks=pytest.mark.slow),
-        (
+        pytest.param(
             ["--without", "packing", "head", "kernels", "layers", "together", "--zero_set", "reduce_bucket_size=1000"],
             {"gen", "ref", "update_actor", "hand_over"},
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -46,7 +47,7 @@ def test_a_step_of_every_kind(options: list[str], phases: set[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     spent = next(line for line in lines if line.get("bench") == "phases")
-    assert all(spent[phase] > 0 for phase in phases)
+    assert phases <= spent.keys() and all(spent[phase] > 0 for phase in phases - {"reward"})  # scorers may be done by then
     assert {name for name in ("ref", "values", "update_critic") if spent.get(name)} == phases & {"ref", "values", "update_critic"}
     assert 0 < next(line["value"] for line in lines if line.get("bench") == "step" and line["metric"] == "seconds") < 60
 

@@ -44,7 +44,7 @@ def test_one_rank_samples_what_two_do(grpo: Finished, ground: Ground) -> None:
             assert x == y
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_other_launchers(launcher: str, grpo: Finished, ground: Ground) -> None:
     """Two ranks started by others: the same samples, bit for bit, as under deepspeed."""
     run_dir = ground.run_dir(f"grpo-{launcher}")

@@ -120,6 +120,7 @@ def test_what_was_chosen_becomes_smaller_too(ground: Ground) -> None:
     assert json.loads((run_dir / "budget.json").read_text()) == budget
 
 
+@pytest.mark.slow
 def test_nothing_can_be_smaller(ground: Ground) -> None:
     done = ranks(recipe_of(ground, "memory-least", micro_batch=1), env={**ground.env, "ROOM": "2"})
     assert [code for code, _ in done] == [2, 2], done

@@ -53,6 +53,7 @@ def test_a_run_on_one_base_trains_both_and_leaves_the_actors_adapter(ground: Gro
     assert config["base_model_name_or_path"] == str((ground.folder / "base").resolve()) and config["task_type"] == "CAUSAL_LM"
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_same_bits(ground: Ground, ppo_on_one_base: Finished) -> None:
     run_dir = ground.run_dir("ppo_on_one_base_again")
     first = ppo_on_one_base.run_dir / "checkpoints" / "checkpoint-2"
