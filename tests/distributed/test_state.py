@@ -46,8 +46,14 @@ STAGES: list[tuple[int, str]] = [(s, d) for s in (0, 1, 2, 3) for d in ("float32
 ALL = [((a, r, d), (b, q, e)) for a, d in STAGES for b, e in STAGES if d == e for r, q in ((2, 1), (1, 3), (2, 2))]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("wrote", "reads"), [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in ALL if way not in WAYS)])
+@pytest.mark.parametrize(
+    ("wrote", "reads", "lora"),
+    [
+        pytest.param(*way, lora, marks=[] if way in WAYS and (not lora or way in WAYS[:2]) else pytest.mark.slow)
+        for way in dict.fromkeys([*WAYS, *ALL])
+        for lora in (False, True)
+    ],
+)
 def test_goes_on_in_another_shape(models: Path, tmp_path: Path, wrote: Shape, reads: Shape, lora: bool) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     expected = run_ranks(write, wrote[1], models, wrote[0], wrote[2], lora, first)[0]
