@@ -30,9 +30,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def seconds(text: str) -> float:
     """Of "90" (minutes), "1:30:00" or "1-12:00", as Slurm writes times. ValueError for anything else."""
-    days, _, rest = text.rpartition("-")
+    days, dash, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if len(parts) > 3 or min(parts) < 0:
+    if len(parts) > 3 or (dash and not days.isdigit()):
         raise ValueError(text)
     if days:  # hours come first then
         h, m, s = [*parts, 0, 0][:3]
@@ -67,7 +67,7 @@ def fit(config: Config, resume: str, max_time: float | None = None) -> None:
         seed_everything(config.seed, world.rank)
         with ExitStack() as cleanup:
             try:
-                train(config, world, requests.resumes(resume), cleanup)
+                train(config, world, requests.resumes(resume, config.run_dir), cleanup)
             except SystemExit:  # all ranks leave together; after any other error they do not
                 world.close()
                 raise

@@ -75,8 +75,8 @@ class Requests:
         self._ask(SAVE if number == signal.SIGRTMIN else STOP, signal.Signals(number).name)
 
     def _ask(self, what: int, reason: str) -> None:
-        self._asked = max(self._asked, what)
-        self.reason = self.reason or reason
+        if what > self._asked:
+            self._asked, self.reason = what, reason
 
     def _watch(self, above: list[psutil.Process]) -> None:
         beside = above[0].children() if above else []
@@ -131,11 +131,14 @@ def started() -> float:
     return float(os.environ.get(STARTED) or psutil.Process().create_time())
 
 
-def resumes(resume: str) -> str:
-    """What `--resume` means for a job that is started again with the same command line: never, or an old checkpoint, only the first time."""
+def resumes(resume: str, run_dir: Path) -> str:
+    """What `--resume` means for a job that is started again with the same command line: never, or an old checkpoint, until it has one of its own."""
     control = os.environ.get(CONTROL)
-    again = (control and Path(control, "saved").exists()) or int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return "auto" if again else resume
+    if control and Path(control, "saved").exists():
+        return "auto"
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) and any((run_dir / "checkpoints").glob("checkpoint-*")):
+        return "auto"
+    return resume
 
 
 def _is_gone(process: psutil.Process) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf import files
 from rlhf.checkpoint import Checkpoints, Mark, damage
 from rlhf.distributed import World
-from rlhf.state import TensorFile, copy_to_host
+from rlhf.state import PinnedCopies, TensorFile, copy_to_host
 from tests.helpers import run_ranks, single_world
 
 
@@ -106,6 +106,26 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         save(checkpoints, step, best=of)
     assert names(tmp_path / "checkpoints") == ["best", "checkpoint-3", "checkpoint-5", "checkpoint-6", "latest"]
     assert (tmp_path / "checkpoints" / "best").resolve().name == "checkpoint-3"
+
+
+def test_the_newest_of_a_good_step_is_kept_and_found(tmp_path: Path) -> None:
+    checkpoints, engine = Checkpoints(tmp_path, single_world(), keep_last=1), Engine()
+    checkpoints.save(Mark(1), {"actor": engine}, {"good": True})
+    checkpoints.save(Mark(2), {"actor": engine}, {"good": True})
+    checkpoints.save(Mark(2, 3), {"actor": engine}, {"good": True})
+    checkpoints.save(Mark(3), {"actor": engine}, {"good": False})
+    assert names(tmp_path / "checkpoints") == ["checkpoint-2", "checkpoint-3", "latest"]
+    assert checkpoints.last_good() == tmp_path / "checkpoints" / "checkpoint-2"
+    flip(tmp_path / "checkpoints" / "checkpoint-2" / "actor" / "rank-0-000.safetensors")
+    assert checkpoints.last_good() is None
+
+
+def test_large_states_on_the_host_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.state.FILE_BYTES", 8)
+    live = torch.ones(4)
+    kept = PinnedCopies()(live)
+    live += 1
+    assert kept.tolist() == [1, 1, 1, 1], "the writer reads it while the next step changes it"
 
 
 def test_inside_of_a_step_comes_after_the_step_before_and_before_its_end(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rlhf.config import ROOT
-from rlhf.requests import resumes, started
+from rlhf.requests import resumes
 
 
 class Supervised:
@@ -105,16 +105,12 @@ def test_no_process_outlives_its_attempt(tmp_path: Path) -> None:
 def test_resume_never_is_meant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line stays the same when a job is started again; what it has saved since must not be set aside."""
     monkeypatch.setenv("RLHF_CONTROL", str(tmp_path))
-    assert resumes("never") == "never"
+    assert resumes("never", tmp_path) == "never"
     (tmp_path / "saved").touch()
-    assert resumes("never") == resumes("some/checkpoint") == "auto"
+    assert resumes("never", tmp_path) == resumes("some/checkpoint", tmp_path) == "auto"
     monkeypatch.delenv("RLHF_CONTROL")
-    assert resumes("never") == "never"
+    assert resumes("never", tmp_path) == "never"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert resumes("never") == "auto"
-
-
-def test_max_time_counts_from_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert started() == pytest.approx(psutil.Process().create_time())
-    monkeypatch.setenv("RLHF_STARTED", "1000")
-    assert started() == 1000
+    assert resumes("some/checkpoint", tmp_path) == "some/checkpoint", "it has none of its own yet"
+    (tmp_path / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    assert resumes("some/checkpoint", tmp_path) == "auto"
