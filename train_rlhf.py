@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rlhf.config import ROOT, Config, load_config
+from rlhf.requests import Requests, resumes
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -43,13 +44,12 @@ def seconds(text: str) -> float:
     return float(((int(days or 0) * 24 + h) * 60 + m) * 60 + s)
 
 
-def fit(config: Config, resume: str, max_time: float | None = None) -> None:
+def fit(config: Config, resume: str, asked: Requests) -> None:
     """Join the other ranks, train, leave. Heavy imports happen here, after the recipe has been checked."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    from rlhf import requests
     from rlhf.distributed import init_world, launch_environment
     from rlhf.engine import deterministic_kernels, seed_everything
     from rlhf.preflight import check
@@ -57,17 +57,16 @@ def fit(config: Config, resume: str, max_time: float | None = None) -> None:
     from rlhf.trainers.rl import train_rl
     from rlhf.trainers.sft import train_sft
 
-    requests.max_time = max_time
     on_gpu = torch.cuda.is_available()
     check(config, launch_environment()[1], on_gpu)
     deterministic = config.deterministic if config.deterministic is not None else not on_gpu
     train = {"sft": train_sft, "reward_model": train_reward_model, "rl": train_rl}[config.task]
     with deterministic_kernels(deterministic):
-        world = init_world(config.threads, folder=config.run_dir, stall=60 * config.train.stall_minutes)
+        world = init_world(config.threads, folder=config.run_dir, stall=60 * config.train.stall_minutes, requests=asked)
         seed_everything(config.seed, world.rank)
         with ExitStack() as cleanup:
             try:
-                train(config, world, requests.resumes(resume, config.run_dir), cleanup)
+                train(config, world, resumes(resume, config.run_dir), cleanup)
             except SystemExit:  # all ranks leave together; after any other error they do not
                 world.close()
                 raise
@@ -100,7 +99,8 @@ def main() -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(describe(config))
             return 0
-        fit(config, arguments.resume, arguments.max_time)
+        with Requests(config.run_dir, arguments.max_time) as asked:
+            fit(config, arguments.resume, asked)
     except ValueError as error:
         return refuse(error)
     return 0

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf.requests import Requests
 from rlhf.watchdog import Process, Watchdog, in_time
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class World:
     device: torch.device
     store: dist.Store | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
+    requests: Requests = field(default_factory=Requests)
     processes: Sequence[Process] = ()  # of all ranks
     waited: float = 0.0  # seconds for others: in `wait_for_all`, and on CPU in collectives
     _meetings: int = field(default=0, repr=False)
@@ -268,7 +270,13 @@ def launch_environment() -> tuple[int, int, int, int]:
     return rank, size, local, int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1" if size == 1 else "0"))) or size
 
 
-def init_world(threads: int | None = None, init_method: str | None = None, folder: Path | None = None, stall: float | None = None) -> World:
+def init_world(
+    threads: int | None = None,
+    init_method: str | None = None,
+    folder: Path | None = None,
+    stall: float | None = None,
+    requests: Requests | None = None,
+) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPU) that the launcher's environment describes, and watch it (`World.watch`)."""
     rank, size, local_rank, local_size = launch_environment()
     if torch.cuda.is_available():
@@ -291,7 +299,7 @@ def init_world(threads: int | None = None, init_method: str | None = None, folde
         else:
             with in_time(stall and max(stall, JOIN_SECONDS), rank, f"not all {size} ranks have joined"):
                 dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
-    world = World(rank, size, local_rank, local_size, device, watchdog=Watchdog(rank))
+    world = World(rank, size, local_rank, local_size, device, watchdog=Watchdog(rank), requests=requests or Requests())
     if size > 1:
         world.store = _own_store(world)
     if device.type == "cpu":

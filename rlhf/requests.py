@@ -27,18 +27,19 @@ STARTED = "RLHF_STARTED"
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "accelerate", "supervise.sh")
 GONE = "the launcher is gone"
 POLL_SECONDS = 1.0
-
-max_time: float | None = None  # seconds from the start of this process; set by the command line
+SPAWN_SECONDS = 30.0  # in which a launcher starts all its ranks
 
 
 class Requests:
-    """Asked of this rank. A context: signals are handled inside of it."""
+    """Asked of this rank. A context: signals are handled inside of it, from before the ranks have joined to the end. max_time: seconds from
+    `started`. The rank that its launcher has named 0 looks at files and clocks."""
 
-    def __init__(self, run_dir: Path | None = None, is_main: bool = True) -> None:
+    def __init__(self, run_dir: Path | None = None, max_time: float | None = None) -> None:
+        is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
         control = os.environ.get(CONTROL)
         self._control = Path(control) if control and is_main else None
         self._files = {run_dir / "save": SAVE, run_dir / "stop": STOP} if run_dir and is_main else {}
-        self._run_dir, self._is_main = run_dir, is_main
+        self._run_dir = run_dir
         self._asked = 0
         self.reason: str | None = None
         self._limit = max_time if is_main else None
@@ -79,9 +80,13 @@ class Requests:
             self._asked, self.reason = what, reason
 
     def _watch(self, above: list[psutil.Process]) -> None:
-        beside = above[0].children() if above else []
+        beside: set[psutil.Process] = set()
+        began = time.monotonic()
         ended = False  # by a launcher, perhaps; Python's own handlers wait for the main thread, which may wait for a lost rank
         while not self._over.is_set():
+            if above and time.monotonic() - began < SPAWN_SECONDS:
+                with contextlib.suppress(psutil.Error):
+                    beside |= {*above[0].children()}
             if select.select([self._heard], [], [], POLL_SECONDS)[0]:
                 ended |= signal.SIGTERM in os.read(self._heard, 64)
             if any(_is_gone(process) for process in above):

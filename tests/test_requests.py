@@ -28,7 +28,7 @@ def test_signals(tmp_path: Path, number: signal.Signals, asked: list[int]) -> No
     assert signal.getsignal(number) == before
 
 
-def test_files_of_this_run_and_none_of_an_earlier_one(tmp_path: Path) -> None:
+def test_files_of_this_run_and_none_of_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stop").touch()
     os.utime(tmp_path / "stop", (0, 0))
     with Requests(tmp_path) as found:
@@ -39,7 +39,8 @@ def test_files_of_this_run_and_none_of_an_earlier_one(tmp_path: Path) -> None:
         (tmp_path / "stop").touch()
         assert found.poll() == STOP and found.reason == f"the file {tmp_path / 'stop'}", "the reason to leave, not the one to save"
         assert not list(tmp_path.iterdir())
-    with Requests(tmp_path, is_main=False) as other:
+    monkeypatch.setenv("RANK", "1")
+    with Requests(tmp_path) as other:
         (tmp_path / "stop").touch()
         assert other.poll() == 0, "one rank looks, and tells the others"
 
@@ -58,8 +59,7 @@ def test_the_supervisor_hears_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_max_time_leaves_room_for_what_took_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(requests.STARTED, str(time.time() - 90))
-    monkeypatch.setattr(requests, "max_time", 100.0)
-    found = Requests(tmp_path)
+    found = Requests(tmp_path, 100.0)
     assert [found.poll(), found.poll()] == [0, 0]
     found.saved(6.0)
     assert found.poll() == STOP and found.reason == "--max_time 100 s is near"

@@ -42,7 +42,7 @@ from rlhf.models.scoring_head import fuse_head
 from rlhf.preflight import roles
 from rlhf.progress import PROGRESS, Progress
 from rlhf.ranks import Pace, check_agreement, config_items
-from rlhf.requests import STOP, Requests
+from rlhf.requests import STOP
 from rlhf.state import TensorFile
 
 
@@ -89,7 +89,6 @@ class Run:
     meter: MemoryMeter
     longest: int  # tokens of the longest row
     plan: Plan = field(default_factory=Plan)
-    requests: Requests = field(default_factory=Requests)
     guard: Guard = field(init=False)
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
     agreed: int | None = None  # the step after which the ranks were last found in the same state
@@ -244,7 +243,7 @@ class Run:
 
     def asked(self) -> int:
         """What any rank was asked for (`Requests`). (collective)"""
-        return self.world.most(self.requests.poll())
+        return self.world.most(self.world.requests.poll())
 
     def end_step(
         self,
@@ -280,7 +279,7 @@ class Run:
         state = {**self._own_state(), **state}
         started = time.monotonic()
         problem = self.checkpoints.save(mark, engines, state, self.best.steps, export, progress)
-        self.requests.saved(time.monotonic() - started)
+        self.world.requests.saved(time.monotonic() - started)
         if problem:
             self.best.top = [entry for entry in self.best.top if entry[1] != mark.step]  # what is not there is not the best, and keeps nothing
             self.console.message(f"{problem}. Training goes on; the checkpoints before it are whole.")
@@ -293,11 +292,11 @@ class Run:
         """Leave, if that is what was asked for: everything is saved. (collective)"""
         if asked < STOP:
             return
-        self.requests.leaving = True
+        self.world.requests.leaving = True
         problem = self.checkpoints.finish()  # (collective)
-        reasons = [reason for reason in self.world.gather_objects(self.requests.reason) if reason]  # (collective)
+        reasons = [reason for reason in self.world.gather_objects(self.world.requests.reason) if reason]  # (collective)
         if self.world.is_main:
-            self.requests.leave(reasons[0])
+            self.world.requests.leave(reasons[0])
         self.console.message(f"leaving: {reasons[0]}. " + (f"{problem}. " if problem else "") + "Started again, it goes on from here.")
         raise SystemExit(EXIT_AGAIN)
 
@@ -306,7 +305,7 @@ class Run:
         if problem := self.checkpoints.finish():
             raise RuntimeError(f"the last checkpoint is missing: {problem}")
         if self.world.is_main:
-            self.requests.done()
+            self.world.requests.done()
 
     def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None) -> Export | None:
         """Writes what is taken now, on rank 0. (collective)"""
@@ -344,7 +343,7 @@ class Run:
         if step:
             measured, remarks = self.meter.compare(self.plan)
             metrics = metrics | measured
-            for remark in remarks:
+            for remark in [*remarks, *(f"step {step}: {remark}" for remark in self.guard.timed(metrics))]:
                 self.console.message(remark)
         with self.disk_may_fail():
             self.log.log(step, metrics)
@@ -396,8 +395,6 @@ def start_run(
     if busy := world.broadcast_object(take_folder(config.run_dir, cleanup) if world.is_main else None):  # (collective)
         raise ValueError(busy)
     checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last, config.checkpoint.background)
-    requests = Requests(config.run_dir, world.is_main)
-    cleanup.enter_context(requests)
     if world.is_main:
         (config.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.yaml").write_text(to_yaml(config))
@@ -427,7 +424,7 @@ def start_run(
 
     meter = MemoryMeter(world.device.type == "cuda")
     timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, on_end)
-    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config), requests=requests)
+    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config))
     cleanup.push(run.leave)
     for remark in remarks:
         console.message(remark)

@@ -19,7 +19,7 @@ from tests.e2e.programs import ROOT, command, environment, make_model, reversal_
 HOOK = '''
 """A reward, and hooks into the ranks.
 
-CHAOS_AT="PHASE-STEP": when that phase begins, each rank leaves a file CHAOS_NOTES/RANK and waits a second.
+CHAOS_AT="PHASE-STEP": when that phase begins (start-0: before the ranks join), each rank leaves a file CHAOS_NOTES/RANK and waits a second.
 CHAOS_KILL="RANK WHO EVENT SECONDS; ...": one kill for each attempt: at an event of that rank WHO gets SIGKILL so many seconds later. WHO is rank,
 inner (the process that has started the ranks) or launcher (the one that has started that). EVENT is PHASE-N, in the N-th step of this attempt, or
 file-N: the N-th operation of a checkpoint on a file.
@@ -59,13 +59,16 @@ def happens(name):
             kill()
 
 
-def phase(self, name, *arguments, **keywords):
-    begun["gen"] += name == "gen"
-    here = f"{name}-{begun['gen']}"
+def arrive(here):
     if at == here:
         (notes / rank).write_text("here")
         time.sleep(1)
     happens(here)
+
+
+def phase(self, name, *arguments, **keywords):
+    begun["gen"] += name == "gen"
+    arrive(f"{name}-{begun['gen']}")
     return whole(self, name, *arguments, **keywords)
 
 
@@ -76,6 +79,7 @@ def before(operation, path):
 
 if rank is not None:
     PhaseTimer.phase, files.before = phase, before
+    arrive("start-0")
 
 
 def letters(completions, **columns):

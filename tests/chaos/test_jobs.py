@@ -19,9 +19,17 @@ KILLS = (
     "0 launcher gen-1 0;"
     "0 inner gen-1 0"  # after which the launcher says that all is well
 )
-PHASES = {"rollout": "gen", "score": "values", "update": "update_actor", "save": "save_checkpoint", "validation": "testing"}
+PHASES = {
+    "loading": "start-0",
+    "rollout": "gen-2",
+    "score": "values-2",
+    "update": "update_actor-2",
+    "save": "save_checkpoint-2",
+    "validation": "testing-2",
+}
+QUICK = (signal.SIGTERM, "last rank", "loading")
 SIGNALS = [
-    pytest.param(number, target, phase, marks=[] if (number, target, phase) == (signal.SIGTERM, "supervisor", "rollout") else pytest.mark.slow)
+    pytest.param(number, target, phase, marks=[] if (number, target, phase) == QUICK else pytest.mark.slow)
     for number in (signal.SIGTERM, signal.SIGUSR1)
     for target in ("rank 0", "last rank", "supervisor")
     for phase in PHASES
@@ -45,9 +53,9 @@ def test_killed_four_times(recipe: Path, expected: str) -> None:
 
 @pytest.mark.parametrize(("number", "target", "phase"), SIGNALS)
 def test_asked_to_leave(number: signal.Signals, target: str, phase: str, recipe: Path, expected: str) -> None:
-    """One whole checkpoint and exit code 75, in whatever phase of the second step; then to the same end."""
+    """One whole checkpoint and exit code 75, in whatever phase of the second step, and before there are models; then to the same end."""
     run_dir = recipe.parent / f"{number.name}-{target}-{phase}"
-    job = Job(recipe, run_dir, at=f"{PHASES[phase]}-2")
+    job = Job(recipe, run_dir, at=PHASES[phase])
     job.wait_for_phase()
     ranks = job.ranks()
     assert len(ranks) == 2, job.family()
@@ -56,7 +64,8 @@ def test_asked_to_leave(number: signal.Signals, target: str, phase: str, recipe:
     text = job.log.read_text()
     assert f"leaving: {number.name}" in text and f"supervise: saved and left: {number.name}" in text, text[-3000:]
     left = newest(run_dir)
-    assert left.name == "checkpoint-2" if phase == "save" else left.name.startswith("checkpoint-1+"), "inside of the step, not after it"
+    expected_name = {"save": "checkpoint-2", "loading": "checkpoint-0+1"}.get(phase, "checkpoint-1+")
+    assert left.name.startswith(expected_name), "inside of the step, not after it"
     job = Job(recipe, run_dir)
     assert job.wait() == 0
     assert digest(run_dir, STEPS) == expected
