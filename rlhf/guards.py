@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -20,6 +20,7 @@ UNUSUAL = 10.0  # times the median distance from the median: worth a line
 # Metric -> what it may always be: groups of equal rewards have gradients of almost nothing, and a KL starts at zero.
 FLOORS = {"actor/grad_norm": 10.0, "critic/grad_norm": 100.0, "reward_model/grad_norm": 100.0, "actor/kl": 1.0, "train/loss": 20.0}
 WATCHED = (*FLOORS, "actor/entropy", "response_length/mean")
+NOT_IN_EVERY_STEP = ("testing", "save_checkpoint")  # phases
 
 
 class Action(Enum):
@@ -51,15 +52,17 @@ class Guard:
         self.rolled_back = False  # and not as many good steps since
         self.good = 0  # in a row
         self._seen: dict[str, list[float]] = {}
+        self._seconds: list[float] = []  # of steps; no part of the state: another start may be on another machine
 
     def judge(self, problem: str | None, metrics: Mapping[str, float]) -> tuple[Action, str | None, list[str]]:
         """(what to do, why, what is unusual) after a step. problem: what is known to be wrong with it."""
         problem = problem or self._exploded(metrics)
         if problem is None:
-            remarks = self._unusual(metrics)
+            remarks = []
             for name in WATCHED:
                 if name in metrics and math.isfinite(metrics[name]):
-                    self._seen[name] = [*self._seen.get(name, []), metrics[name]][-REMEMBERED:]
+                    remarks += _unusual(name, metrics[name], seen := self._seen.get(name, []))
+                    self._seen[name] = [*seen, metrics[name]][-REMEMBERED:]
             self.bad, self.good = 0, self.good + 1
             self.rolled_back = self.rolled_back and self.good < self.allowed
             return Action.GO_ON, None, remarks
@@ -83,16 +86,13 @@ class Guard:
                 return f"{name} is {value:.3g}, and has never been above {max(map(abs, seen)):.3g}"
         return None
 
-    def _unusual(self, metrics: Mapping[str, float]) -> list[str]:
-        remarks = []
-        for name in WATCHED:
-            seen, value = self._seen.get(name, []), metrics.get(name)
-            if value is None or len(seen) < LEARNING:
-                continue
-            middle = statistics.median(seen)
-            spread = statistics.median(abs(other - middle) for other in seen)
-            if abs(value - middle) > max(UNUSUAL * spread, abs(middle) / 2):
-                remarks.append(f"unusual: {name} is {value:.4g}, its median so far {middle:.4g}")
+    def timed(self, metrics: Mapping[str, float]) -> list[str]:
+        """What is unusual about a step's time, once that is known."""
+        if "timing_s/step" not in metrics:
+            return []
+        seconds = metrics["timing_s/step"] - sum(metrics.get(f"timing_s/{phase}", 0.0) for phase in NOT_IN_EVERY_STEP)
+        remarks = _unusual(f"timing_s/step without {' and '.join(NOT_IN_EVERY_STEP)}", seconds, self._seconds)
+        self._seconds = [*self._seconds, seconds][-REMEMBERED:]
         return remarks
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,6 +101,16 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.bad, self.good, self.rolled_back = state["bad"], state["good"], state["rolled_back"]
         self._seen = {name: list(values) for name, values in state["seen"].items()}
+
+
+def _unusual(name: str, value: float, seen: Sequence[float]) -> list[str]:
+    if len(seen) < LEARNING:
+        return []
+    middle = statistics.median(seen)
+    spread = statistics.median(abs(other - middle) for other in seen)
+    if abs(value - middle) <= max(UNUSUAL * spread, abs(middle) / 2):
+        return []
+    return [f"unusual: {name} is {value:.4g}, its median so far {middle:.4g}"]
 
 
 def tensors_of(experience: Experience) -> dict[str, Tensor]:

@@ -46,6 +46,15 @@ def test_explosions_are_measured_by_the_run_itself() -> None:
     assert guard.judge(None, {"actor/grad_norm": 0.5})[0] is Action.GO_ON, "what exploded is no part of what is usual"
 
 
+def test_a_step_that_takes_unusually_long_is_said() -> None:
+    guard = Guard(1)
+    for step in range(LEARNING):
+        others = {"timing_s/testing": 8.0, "timing_s/save_checkpoint": 1.0} if step % 4 == 3 else {}
+        assert guard.timed({"timing_s/step": 2.0 + 0.01 * step + sum(others.values()), **others}) == [], "some steps also validate and save"
+    assert guard.timed({"timing_s/step": 7.0}) == ["unusual: timing_s/step without testing and save_checkpoint is 7, its median so far 2.035"]
+    assert guard.timed({}) == []
+
+
 def test_goes_on_with_what_it_has_learnt() -> None:
     guard, again = Guard(1), Guard(1)
     for step in range(LEARNING):
