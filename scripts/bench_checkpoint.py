@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="0.5B")
     parser.add_argument("--rows", type=int, default=32, help="of 1,024 tokens, in an update")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk that is to be measured; emptied")
+    parser.add_argument("--only", choices=("save", "background"))
     parser.add_argument("--local_rank", type=int, default=0)
     arguments = parser.parse_args()
     args = bench_step.arguments().parse_args(["--shape", arguments.shape, "--no_reference", "--tokens", "8192"])
@@ -69,12 +71,14 @@ def main() -> None:
     update(1)
     usual = sorted(update(step) for step in range(2, 5))[1]
     report(world, "update", usual, arguments.shape)
-    measure(world, models, folder, arguments.shape, update, usual)
+    if arguments.only != "background":
+        measure_save(world, models, folder, arguments.shape)
+    if arguments.only != "save":
+        measure_background(world, models, folder, arguments.shape, update, usual)
     world.close()
 
 
-def measure(world: World, models: Models, folder: Path, shape: str, update: object, usual: float) -> None:
-    assert callable(update)
+def measure_save(world: World, models: Models, folder: Path, shape: str) -> None:
     plain = Checkpoints(folder, world, keep_last=1)
     started = time.perf_counter()
     problem = plain.save(Mark(1), models.engines, {})
@@ -92,6 +96,9 @@ def measure(world: World, models: Models, folder: Path, shape: str, update: obje
     if world.is_main:
         shutil.rmtree(folder)  # room for the next one
     world.barrier()
+
+
+def measure_background(world: World, models: Models, folder: Path, shape: str, update: Callable[[int], float], usual: float) -> None:
     behind = Checkpoints(folder, world, keep_last=1, background=True)
     for attempt in ("first", "second"):  # the first one has to pin its memory
         started = time.perf_counter()

@@ -1,11 +1,11 @@
 """Kills jobs at random, and looks whether the supervisor brings each to the end of the run that nobody touched.
 
-    python scripts/chaos.py --kills 100 [--seed 0] [--first 0] [--out folder]
+    python scripts/chaos.py --kills 100 [--seed 0] [--first 0] [--jobs 1] [--shape 0.5B] [--out folder]
 
-A job is PPO on two CPU ranks under `scripts/supervise.sh deepspeed`. Each gets one SIGKILL: at a rank or at a process of the launcher; some time
-into a phase of a step, or at an operation of a checkpoint on a file (writing, syncing, renaming, deleting). It is right if in the end its weights,
-optimizer states and samples have the SHA-256 of the undisturbed run, and no process is left. JSON, a line for each kill, then one for all. Exit
-code 1 if one is not right.
+A job is PPO on two ranks (GPUs, if there are two, else CPU), in deterministic mode, under `scripts/supervise.sh deepspeed`. Each gets one SIGKILL:
+at a rank or at a process of the launcher; some time into a phase of a step, or at an operation of a checkpoint on a file (writing, syncing,
+renaming, deleting). It is right if in the end its weights, optimizer states and samples have the SHA-256 of the undisturbed run, and no process is
+left. JSON, a line for each kill, then one for all. Exit code 1 if one is not right.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.workloads import SHAPES
 from tests.chaos.ground import Job, digest, make_ground, undisturbed
 
 STEPS = 3
@@ -51,23 +53,39 @@ def disturbed(recipe: Path, run_dir: Path, kill: str, expected: str) -> dict[str
     return found | {"hit": hit, "seconds": round(time.monotonic() - started, 1)}
 
 
+def make_random(folder: Path, shape: str) -> None:
+    """Weights of this shape in place of the ground's, which keeps its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(SHAPES[shape].config(), dtype=torch.bfloat16).save_pretrained(folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="number of the first kill, to go on with an earlier series")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="at a time")
+    parser.add_argument("--shape", choices=SHAPES, help="of a random model; default: two layers of 64")
     parser.add_argument("--out", type=Path, help="a new folder; default: a temporary one")
     arguments = parser.parse_args()
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     recipe = make_ground(folder, STEPS)
+    if arguments.shape:
+        make_random(folder / "base", arguments.shape)
     expected = undisturbed(recipe, folder / "undisturbed", STEPS)
-    right = hit = 0
-    for number in range(arguments.first, arguments.first + arguments.kills):
+
+    def one(number: int) -> dict[str, object]:
         found = disturbed(recipe, folder / f"run-{number}", plan(1000 * arguments.seed + number), expected)
-        right += bool(found["same"])
-        hit += bool(found["hit"])
         print(json.dumps({"number": number, **found}), flush=True)
+        return found
+
+    with ThreadPoolExecutor(arguments.jobs) as jobs:
+        all_found = list(jobs.map(one, range(arguments.first, arguments.first + arguments.kills)))
+    right, hit = (sum(bool(found[key]) for found in all_found) for key in ("same", "hit"))
     print(json.dumps({"kills": arguments.kills, "hit": hit, "same": right, "sha256": expected, "folder": str(folder)}), flush=True)
     return 0 if right == hit == arguments.kills else 1
 

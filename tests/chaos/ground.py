@@ -98,6 +98,7 @@ def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
         "task": "rl",
         "run_dir": folder / "run",
         "threads": 1,
+        "deterministic": True,
         "actor": {"path": folder / "base", "learning_rate": 2e-3},
         "critic": {"init": "actor", "learning_rate": 2e-3},
         "data": {"train": {"path": folder / "rows.jsonl"}},
