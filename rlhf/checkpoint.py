@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,11 +35,12 @@ from rlhf import files
 from rlhf.distributed import World
 from rlhf.files import Written
 from rlhf.requests import CONTROL
-from rlhf.state import PinnedCopies, TensorFile, copy_to_host
+from rlhf.state import Copy, PinnedCopies, TensorFile, copy_to_host
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 _HASHERS = 8  # threads
 LAST_WORD_SECONDS = 60.0
+HOST_SHARE = 0.8  # of the free host memory that background saves may take
 
 
 class Mark(NamedTuple):
@@ -60,24 +63,45 @@ class Saved(Protocol):
     """An engine whose state is kept."""
 
     def state_bytes(self) -> int: ...
-    def state_files(self, copy: Callable[[Tensor], Tensor]) -> Iterator[TensorFile]: ...
+    def state_files(self, copy: Copy) -> Iterator[TensorFile]: ...
+    def hold(self, until: torch.cuda.Event) -> None: ...  # the state does not change before, on the device
     def load(self, folder: Path) -> None: ...  # (collective)
 
 
 Export = Callable[[Path], None]  # writes into a folder what other programs load
+Exporter = Callable[[Copy], Export | None]  # (collective) takes what that is, on rank 0
 
 
 class Checkpoints:
     """The checkpoints of one run folder. Methods marked (collective) are called by all ranks together.
 
-    background: states are copied to the host, and written while training goes on; the same bytes."""
+    background: states are copied to the host, by a GPU while it goes on until its next optimizer step, and written while training goes on; the
+    same bytes."""
 
     def __init__(self, run_dir: Path, world: World, keep_last: int, background: bool = False) -> None:
         self.folder, self.world, self.keep_last, self.background = run_dir / "checkpoints", world, keep_last, background
-        self.pinned = PinnedCopies() if background and world.device.type == "cuda" else None
+        self.pinned = PinnedCopies(world.device) if background and world.device.type == "cuda" else None
         files.beat = world.beat
         self._writer: threading.Thread | None = None
         self._problem: str | None = None  # of the last save; known to all ranks once it is over
+
+    def prepare(self, engines: Mapping[str, Saved], exported: int) -> None:
+        """Lock the host memory that background saves will copy to, while other things happen. exported: bytes of what rank 0 exports.
+
+        Raises ValueError where there is not enough. (collective)"""
+        if not self.background:
+            return
+        size = sum(engine.state_bytes() for engine in engines.values()) + exported * self.world.is_main
+        told = self.world.gather_objects((socket.gethostname(), size, psutil.virtual_memory().available))  # (collective)
+        for host, _, free in told:
+            wanted = sum(theirs for other, theirs, _ in told if other == host)
+            if wanted > HOST_SHARE * free:
+                raise ValueError(
+                    f"checkpoint.background=true: it copies {wanted / 1e9:.1f} GB to the host memory of {host}, of which {free / 1e9:.1f} GB are "
+                    "free: set it to false, or use more nodes"
+                )
+        if self.pinned is not None:
+            self.pinned.prepare(size)
 
     def save(
         self,
@@ -85,33 +109,33 @@ class Checkpoints:
         engines: Mapping[str, Saved],
         state: dict[str, Any],
         best: Sequence[int] = (),
-        export: Export | None = None,
+        exporter: Exporter | None = None,
         progress: TensorFile | None = None,
     ) -> str | None:
         """Write a checkpoint and delete what is neither among the last `keep_last` nor, by its step, in `best`, the best first. (collective)
 
-        export, progress: of rank 0. What keeps this or the last save from being complete is returned, the same on every rank, and all earlier
+        progress: of rank 0. What keeps this or the last save from being complete is returned, the same on every rank, and all earlier
         checkpoints are there; in the background, only what kept the last one."""
         earlier = self.finish()  # (collective)
         size = self.world.global_sum({"bytes": float(sum(engine.state_bytes() for engine in engines.values()))})["bytes"]  # (collective)
         if problem := self.world.broadcast_object(self._no_room(size) if self.world.is_main else None):  # (collective)
             self._problem = problem
             return problem
-        copy = copy_to_host
         if self.pinned is not None:
-            self.pinned.reset()
-            copy = self.pinned
-        contents = self._contents(engines, progress, copy)
+            self.pinned.begin()
+        export = exporter(self.pinned.now if self.pinned else copy_to_host) if exporter else None  # (collective)
+        contents = self._contents(engines, progress, self.pinned or copy_to_host)
         facts = {"step": mark.step, "part": mark.part, "world_size": self.world.size, **state}
         if self.background:
-            problem = None
+            ready = problem = None
             try:
                 contents = list(contents)
-                if self.pinned is not None:
-                    torch.cuda.synchronize()
+                if self.pinned is not None and (ready := self.pinned.ready()):
+                    for engine in engines.values():
+                        engine.hold(ready)
             except Exception as error:  # no host memory, say: the others hear of it from the writer
                 contents, problem = [], f"{type(error).__name__}: {error}"
-            task = (mark, contents, facts, best, export, problem)
+            task = (mark, contents, facts, best, export, problem, ready)
             self._writer = threading.Thread(target=self._write, args=task, name="checkpoint-writer", daemon=True)
             self._writer.start()
             return earlier
@@ -148,9 +172,7 @@ class Checkpoints:
             return f"{self.folder}: a checkpoint takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: make room, or lower checkpoint.keep_last"
         return None
 
-    def _contents(
-        self, engines: Mapping[str, Saved], progress: TensorFile | None, copy: Callable[[Tensor], Tensor]
-    ) -> Iterable[tuple[str, TensorFile]]:
+    def _contents(self, engines: Mapping[str, Saved], progress: TensorFile | None, copy: Copy) -> Iterable[tuple[str, TensorFile]]:
         for name, engine in engines.items():
             for file in engine.state_files(copy):
                 yield name, file
@@ -166,8 +188,10 @@ class Checkpoints:
         best: Sequence[int],
         export: Export | None,
         problem: str | None = None,
+        ready: torch.cuda.Event | None = None,
     ) -> None:
-        """Without a collective: ranks meet at the store, from threads of their own if need be. problem: that there is already, on this rank."""
+        """Without a collective: ranks meet at the store, from threads of their own if need be. problem: that there is already, on this rank; ready:
+        after which the contents are there."""
         final, temporary = self.folder / mark.folder, self.folder / f".writing-{mark.folder}"
         written: dict[str, dict[str, Any]] = {}
         try:
@@ -177,6 +201,8 @@ class Checkpoints:
             problem = str(error)
         self.world.exchange("checkpoint", "")
         try:
+            if ready is not None:
+                ready.synchronize()
             for folder, file in contents:
                 if problem is None:  # what is left is still taken, as other ranks may wait for this one there
                     files.make_folder(temporary / folder)

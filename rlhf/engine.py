@@ -575,6 +575,7 @@ class TrainEngine:
         # DeepSpeed walks through all modules twice in every forward.
         self.module.modules = functools.partial(_modules, self.module, list(self.module.modules()))  # type: ignore[method-assign]
         seed_everything(seed, world.rank)
+        self._held: torch.cuda.Event | None = None
         self._untouched: set[str] = set()
         self._window_open = False
         self._norm0 = 0.0
@@ -657,6 +658,7 @@ class TrainEngine:
 
     def step(self) -> StepResult:
         """Apply what was accumulated since the last step, unless its norm over all ranks is not finite. (collective)"""
+        self._may_change()
         rate = learning_rate_at(self.config, self.optimizer_steps, self.total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -720,13 +722,23 @@ class TrainEngine:
         """Of this rank's `state_files`, about."""
         return state.nbytes(self._own_parts(), self._torch_optimizer)
 
-    def state_files(self, copy: Callable[[Tensor], Tensor] = state.copy_to_host) -> Iterator[state.TensorFile]:
+    def hold(self, until: torch.cuda.Event) -> None:
+        """The next change of weights and optimizer states waits for this, on the device: they are being copied."""
+        self._held = until
+
+    def _may_change(self) -> None:
+        if self._held is not None:
+            torch.cuda.current_stream().wait_event(self._held)
+            self._held = None
+
+    def state_files(self, copy: state.Copy = state.copy_to_host) -> Iterator[state.TensorFile]:
         """Trained weights, optimizer states and the count of steps: this rank's own part (see `state`)."""
         with self._states_at_hand():
             yield from state.files(self._own_parts(), self._torch_optimizer, self.world.rank, {"optimizer_steps": self.optimizer_steps}, copy)
 
     def load(self, folder: Path) -> None:
         """What `state_files` gave, with any number of ranks and any ZeRO stage. ValueError where it is of another model. (collective)"""
+        self._may_change()
         zero = self._engine.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()
@@ -762,7 +774,7 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # warnings alone would let flash attention add its gradients up in any order
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
     try:
         yield

@@ -10,8 +10,11 @@ from whichever files have them: a run goes on with another number of ranks and a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,32 +80,88 @@ class TensorFile:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+Copy = Callable[[Tensor], Tensor]  # to the host
+
+
 def copy_to_host(tensor: Tensor) -> Tensor:
     return tensor.cpu().clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
 class PinnedCopies:
-    """Copies on the host in page-locked buffers, which the device fills without the host; the buffers are kept for the next time."""
+    """Copies on the host, in page-locked memory that is kept for the next time, made by the device beside what it computes.
 
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
+    `begin`, a call for each tensor, and `ready`: an event after which the copies are there; until then nobody may change the tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._arenas: list[Tensor] = []
         self._used, self._offset = 0, 0
+        self._preparing: threading.Thread | None = None
 
-    def reset(self) -> None:
+    def prepare(self, size: int) -> None:
+        """Lock so many bytes in the background, which takes seconds."""
+        self._preparing = threading.Thread(target=self._add, args=(size,), name="pinning", daemon=True)
+        self._preparing.start()
+
+    @property
+    def preparing(self) -> bool:
+        return self._preparing is not None and self._preparing.is_alive()
+
+    def begin(self) -> None:
         """All earlier copies may be overwritten."""
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         self._used, self._offset = 0, 0
+        self._follow()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The caller waits for the device before it reads."""
-        if tensor.nbytes > FILE_BYTES:
-            return copy_to_host(tensor)
-        if self._offset + tensor.nbytes > FILE_BYTES:
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        place, offset = self._place(len(flat))
+        with torch.cuda.stream(self._stream):
+            done = 0
+            while done < len(flat):  # no copy crosses the border between two pieces that were locked one after the other
+                end = min(len(flat), done + FILE_BYTES - (offset + done) % FILE_BYTES)
+                place[done:end].copy_(flat[done:end], non_blocking=True)
+                done = end
+        return place.view(tensor.dtype).view(tensor.shape)
+
+    def now(self, tensor: Tensor) -> Tensor:
+        """Of a tensor that will be gone."""
+        self._follow()
+        copy = self(tensor)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return copy
+
+    def ready(self) -> torch.cuda.Event | None:
+        return self._stream.record_event() if self._stream is not None else None
+
+    def _follow(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def _place(self, size: int) -> tuple[Tensor, int]:
+        """(so many bytes, where they begin in their arena)"""
+        while self._used < len(self._arenas) and self._offset + size > len(self._arenas[self._used]):
             self._used, self._offset = self._used + 1, 0
-        if self._used == len(self._buffers):
-            self._buffers.append(torch.empty(FILE_BYTES, dtype=torch.uint8, pin_memory=True))
-        place = self._buffers[self._used][self._offset : self._offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        self._offset += -(-tensor.nbytes // 16) * 16
-        return place.copy_(tensor, non_blocking=True)
+        if self._used == len(self._arenas):
+            self._add(max(size, FILE_BYTES))
+        offset, self._offset = self._offset, self._offset + -(-size // 16) * 16
+        return self._arenas[self._used][offset : offset + size], offset
+
+    def _add(self, size: int) -> None:
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):  # many times fewer pages to lock; and no child needs them
+            with contextlib.suppress(OSError):  # a kernel without
+                memory.madvise(advice)
+        arena = torch.frombuffer(memory, dtype=torch.uint8)
+        for piece in arena.split(FILE_BYTES):
+            piece.zero_()  # the system gives the pages here, where nothing of CUDA is held up by it
+            if self._stream is not None:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), len(piece), 0))
+        self._arenas.append(arena)
 
 
 def nbytes(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> int:
@@ -115,7 +174,7 @@ def files(
     optimizer: torch.optim.Optimizer,
     rank: int,
     facts: Mapping[str, Any],
-    copy: Callable[[Tensor], Tensor] = copy_to_host,
+    copy: Copy = copy_to_host,
 ) -> Iterator[TensorFile]:
     """This rank's files, one after the other, so that a caller that writes each needs no more memory than for one. One without tensors if this rank
     has no parts."""

@@ -3,7 +3,8 @@
     deepspeed --num_gpus 2 scripts/bench_checkpoint.py --shape 7B --folder /scratch
 
 JSON lines from rank 0. save: seconds until everything is on disk (fsynced) with its digests. resume: seconds to check every digest and to load.
-background: seconds until training goes on, seconds until all is on disk, and the share of these that updates alone would not have taken.
+background, with what rank 0 exports: seconds until training goes on, seconds until all is on disk, and the share of these that updates alone would
+not have taken.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from rlhf.checkpoint import Checkpoints, Mark
+from rlhf.checkpoint import Checkpoints, Export, Mark
 from rlhf.distributed import World, init_world
 from rlhf.metrics import PhaseTimer
+from rlhf.models.export import on_host
+from rlhf.models.lora import weight_layout
+from rlhf.state import Copy
 from rlhf.trainers.rl import Models, learn
 from rlhf.types import Prompt, Rollout, Scores
 from scripts import bench_step
@@ -100,9 +106,26 @@ def measure_save(world: World, models: Models, folder: Path, shape: str) -> None
 
 def measure_background(world: World, models: Models, folder: Path, shape: str, update: Callable[[int], float], usual: float) -> None:
     behind = Checkpoints(folder, world, keep_last=1, background=True)
-    for attempt in ("first", "second"):  # the first one has to pin its memory
+    layout = weight_layout(models.actor.module)
+
+    def exporter(copy: Copy) -> Export | None:
+        weights = on_host(models.actor.full_tensors(layout), world.is_main, copy)
+        return (lambda folder: write(folder, weights)) if world.is_main else None
+
+    def write(folder: Path, weights: dict[str, Tensor]) -> None:
+        (folder / "hf").mkdir()
+        save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "hf" / "model.safetensors")
+
+    started = time.perf_counter()
+    behind.prepare(models.engines, sum(2 * getattr(p, "ds_numel", p.numel()) for p in models.actor.module.parameters()))
+    beside = []
+    while world.most(int(behind.pinned is not None and behind.pinned.preparing)):
+        beside.append(update(100 + len(beside)))
+    slowest = round(max(beside, default=0.0), 3)
+    report(world, "locking host memory", time.perf_counter() - started, shape, updates=len(beside), slowest_update=slowest)
+    for attempt in ("first", "second"):
         started = time.perf_counter()
-        problem = behind.save(Mark(2), models.engines, {})
+        problem = behind.save(Mark(2), models.engines, {}, exporter=exporter)
         gone_on = time.perf_counter() - started
         updates = 0
         while world.most(int(behind.writing)):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def export(folder: Path) -> None:
 
 def save(checkpoints: Checkpoints, step: int, best: tuple[int, ...] = (), part: int = 0) -> str | None:
     progress = TensorFile("step.safetensors", {"turns": torch.tensor(part)}, {}) if part else None
-    return checkpoints.save(Mark(step, part), {"actor": Engine(step)}, {"note": step}, best, None if part else export, progress)
+    return checkpoints.save(Mark(step, part), {"actor": Engine(step)}, {"note": step}, best, None if part else lambda copy: export, progress)
 
 
 def names(folder: Path) -> list[str]:
@@ -121,11 +122,28 @@ def test_the_newest_of_a_good_step_is_kept_and_found(tmp_path: Path) -> None:
 
 
 def test_large_states_on_the_host_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.state.FILE_BYTES", 8)
-    live = torch.ones(4)
-    kept = PinnedCopies()(live)
-    live += 1
-    assert kept.tolist() == [1, 1, 1, 1], "the writer reads it while the next step changes it"
+    monkeypatch.setattr("rlhf.state.FILE_BYTES", 64)
+    pinned = PinnedCopies(torch.device("cpu"))
+    pinned.prepare(100)
+    for turn in range(2):
+        live = [torch.arange(n) + turn for n in (3, 5, 0, 50, 2)]
+        expected = [tensor.tolist() for tensor in live]
+        pinned.begin()
+        kept = [pinned(tensor) for tensor in live]
+        for tensor in live:
+            tensor += 10
+        assert [tensor.tolist() for tensor in kept] == expected, "the writer reads it while the next step changes it"
+    assert [len(arena) for arena in pinned._arenas] == [100, 400, 64], "what was prepared, and more where that is not enough; kept for the next time"
+
+
+def test_background_saves_need_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    engine = Engine()
+    Checkpoints(tmp_path, single_world(), keep_last=1).prepare({"actor": engine}, 10**9)
+    behind = Checkpoints(tmp_path, single_world(), keep_last=1, background=True)
+    behind.prepare({"actor": engine}, 80 - engine.state_bytes())
+    with pytest.raises(ValueError, match=r"checkpoint.background=true: it copies .* of which 0.0 GB are free: set it to false"):
+        behind.prepare({"actor": engine}, 81 - engine.state_bytes())
 
 
 def test_inside_of_a_step_comes_after_the_step_before_and_before_its_end(tmp_path: Path) -> None:
@@ -302,7 +320,7 @@ class Half(Engine):
 
 def saves_of_two(world: World, folder: Path, background: bool) -> list[str | None]:
     checkpoints, engine = Checkpoints(folder, world, keep_last=3, background=background), Half(world.rank)
-    problems = [checkpoints.save(Mark(1), {"actor": engine}, {}, (), export if world.is_main else None)]
+    problems = [checkpoints.save(Mark(1), {"actor": engine}, {}, (), lambda copy: export if world.is_main else None)]
     engine.value += 10  # while the first is perhaps still written
     if not background:
         if world.rank == 1:

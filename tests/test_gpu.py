@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,3 +213,49 @@ def test_parked_weights_are_gone_between_phases(world: World) -> None:
         parked.wait()
         assert all(torch.equal(t.cpu(), e) for t, e in zip(tensors, expected, strict=True))
         parked.release()
+
+
+def test_a_background_save_holds_what_was_there_when_training_went_on(world: World, tmp_path: Path) -> None:
+    """1.6 GB of state, whose copying takes tens of milliseconds, and an optimizer step that follows at once."""
+    from rlhf.checkpoint import Checkpoints, Mark
+    from rlhf.engine import TrainEngine, loading_context
+
+    config = TrainedModelConfig(dtype="bfloat16", learning_rate=1e-3)
+    settings = resolve_deepspeed(
+        deepspeed_block(3, sgd=False), dtype="bfloat16", trained=True, micro_batch=1, world_size=1, max_grad_norm=1.0, on_gpu=True
+    )
+    module = loading_context(settings, world).construct(lambda: torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(8))))
+    engine = TrainEngine(module, config, settings, world, 10, 0, "actor")
+    x = torch.randn(8, 4096, device=world.device).bfloat16()
+    behind = Checkpoints(tmp_path / "behind", world, keep_last=9, background=True)
+    behind.prepare({"actor": engine}, 0)
+
+    def files_of(folder: str, step: int) -> dict[str, str]:
+        manifest = json.loads((tmp_path / folder / "checkpoints" / f"checkpoint-{step}" / "manifest.json").read_text())
+        return {name: entry["sha256"] for name, entry in manifest.items() if name.startswith("actor/")}
+
+    for step in (1, 2):
+        engine.backward(engine(x).float().pow(2).sum(), 1.0)
+        engine.step()
+        assert Checkpoints(tmp_path / "at once", world, keep_last=9).save(Mark(step), {"actor": engine}, {}) is None
+        engine.backward(engine(x).float().pow(2).sum(), 1.0)
+        torch.cuda.synchronize()
+        assert behind.save(Mark(step), {"actor": engine}, {}) is None
+        engine.step()
+        assert behind.finish() is None
+        assert files_of("behind", step) == files_of("at once", step) and len(files_of("behind", step)) > 1
+
+
+def test_deterministic_mode_adds_attention_gradients_in_one_order() -> None:
+    """Flash attention's backward pass, which adds up in any order where it is only warned."""
+    from rlhf.engine import deterministic_kernels
+
+    generator = torch.Generator(CUDA).manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 8192, 64, device=CUDA, generator=generator).bfloat16().requires_grad_() for heads in (14, 2, 2))
+    packed = pack([4096, 3000, 1096]).to(CUDA)
+    with deterministic_kernels(True):
+        found = []
+        for _ in range(8):
+            out, _ = packed_attention(torch.nn.Module(), q, k, v, None, packed=packed)
+            found.append(torch.autograd.grad(out.float().pow(2).sum(), (q, k, v)))
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(again, found[0], strict=True))

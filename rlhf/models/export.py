@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
@@ -17,13 +17,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import SCORE_STATISTICS
 from rlhf.models.lora import ADAPTER_WEIGHTS
+from rlhf.state import Copy, copy_to_host
 
 COPIED = ("generation_config.json", "chat_template.jinja")
 
 
-def on_host(tensors: Iterable[tuple[str, Tensor]], wanted: bool = True) -> dict[str, Tensor]:
+def on_host(tensors: Iterable[tuple[str, Tensor]], wanted: bool = True, copy: Copy = copy_to_host) -> dict[str, Tensor]:
     """Copies that nobody else changes; of none if they are not wanted here. (collective, where the iterator is)"""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors if wanted}
+    return {name: copy(tensor.detach()).contiguous() for name, tensor in tensors if wanted}
 
 
 def export_model(
@@ -41,6 +42,8 @@ def export_model(
     model's scores.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Pinned copies lie in one buffer, which the library would take for one tensor.
+    state = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in state.items()}
     save_torch_state_dict(state, folder, safe_serialization=True)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     plain = module.get_base_model() if isinstance(module, PeftModel) else module
@@ -66,7 +69,7 @@ def export_adapter(folder: Path, module: nn.Module, state: dict[str, Tensor], so
     assert isinstance(module, PeftModel)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = copy.deepcopy(module.peft_config["default"])
+    config = deepcopy(module.peft_config["default"])
     config.base_model_name_or_path = str(source.resolve())
     if isinstance(module.get_base_model(), ScalarModel):  # the head is trained whole and belongs to the adapter
         config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]

@@ -117,7 +117,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
     timer, accounting = run.timer, Accounting(run, models)
 
-    start = run.resume(dict(models.engines), steps)
+    start = run.resume(models.engines, steps)
     if run.state:
         sampler.load_state_dict(run.state["sampler"])
         kl_controller.load_state_dict(run.state["kl_controller"])

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
-from rlhf.checkpoint import Checkpoints, Export, Mark, Saved
+from rlhf.checkpoint import Checkpoints, Export, Exporter, Mark
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
 from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
@@ -43,7 +44,7 @@ from rlhf.preflight import roles
 from rlhf.progress import PROGRESS, Progress
 from rlhf.ranks import Pace, check_agreement, config_items
 from rlhf.requests import STOP
-from rlhf.state import TensorFile
+from rlhf.state import Copy, TensorFile, copy_to_host
 
 
 @dataclass
@@ -157,8 +158,11 @@ class Run:
         recompute(module, role.recomputed, key)
         return TrainEngine(module, role, settings, self.world, total_steps, self.config.seed, key)
 
-    def resume(self, engines: dict[str, Saved], steps: int) -> int:
-        """Restore engines, generators and the best metrics; the step to go on after (0 = from the start). (collective)"""
+    def resume(self, engines: Mapping[str, TrainEngine], steps: int) -> int:
+        """Restore engines, generators and the best metrics; the step to go on after (0 = from the start). The first engine's model is the one that
+        is exported. (collective)"""
+        exported = next(iter(engines.values())).module.parameters() if self.config.checkpoint.save_hf else ()
+        self.checkpoints.prepare(engines, sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in exported))  # (collective)
         if self.resume_from is None:
             return 0
         self.state = self.checkpoints.load(self.resume_from, engines)
@@ -261,24 +265,24 @@ class Run:
         exported: the engine whose model is written as HF folder and adapter; statistics: of a reward model's scores (collective)."""
         asked = self.asked()
         if save or asked:
-            export = None
+            exporter = None
             with self.timer.phase("save_checkpoint"):
                 self.agree(step)  # (collective)
                 if self.config.checkpoint.save_hf:
-                    export = self._exporter(engines[exported], statistics() if statistics else None)
+                    exporter = partial(self._exporter, engines[exported], statistics() if statistics else None)
                 # The line of this step is written after its checkpoint; a kill between the two must not lose it.
-                self._save(Mark(step), {**state, "metrics": metrics}, engines, export=export)
+                self._save(Mark(step), {**state, "metrics": metrics}, engines, exporter)
         elif step == 1 or step % self.config.train.digest_every == 0:
             self.agree(step)  # (collective)
         self.log_step(step, metrics | timing())
         self._follow(asked)
 
     def _save(
-        self, mark: Mark, state: dict[str, Any], engines: dict[str, TrainEngine], export: Export | None = None, progress: TensorFile | None = None
+        self, mark: Mark, state: dict[str, Any], engines: dict[str, TrainEngine], exporter: Exporter | None = None, progress: TensorFile | None = None
     ) -> None:  # (collective)
         state = {**self._own_state(), **state}
         started = time.monotonic()
-        problem = self.checkpoints.save(mark, engines, state, self.best.steps, export, progress)
+        problem = self.checkpoints.save(mark, engines, state, self.best.steps, exporter, progress)
         self.world.requests.saved(time.monotonic() - started)
         if problem:
             self.best.top = [entry for entry in self.best.top if entry[1] != mark.step]  # what is not there is not the best, and keeps nothing
@@ -307,12 +311,12 @@ class Run:
         if self.world.is_main:
             self.world.requests.done()
 
-    def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None) -> Export | None:
+    def _exporter(self, engine: TrainEngine, statistics: tuple[float, float] | None, copy: Copy = copy_to_host) -> Export | None:
         """Writes what is taken now, on rank 0. (collective)"""
         role = engine.config
         assert role.path is not None
         source, module, tokenizer = role.path, engine.module, self.tokenizer
-        model = on_host(engine.full_tensors(weight_layout(module)), self.world.is_main)  # (collective)
+        model = on_host(engine.full_tensors(weight_layout(module)), self.world.is_main, copy)  # (collective)
         adapter = engine.full_parameters(adapter_parameters(module)) if role.lora else None  # (collective)
         if not self.world.is_main:
             return None
