@@ -68,7 +68,7 @@ class Saved(Protocol):
     def load(self, folder: Path) -> None: ...  # (collective)
 
 
-Export = Callable[[Path], None]  # writes into a folder what other programs load
+Export = Callable[[Path], Mapping[Path, Written]]  # writes into a folder what other programs load; the files that are known already
 Exporter = Callable[[Copy], Export | None]  # (collective) takes what that is, on rank 0
 
 
@@ -209,7 +209,7 @@ class Checkpoints:
                     written[f"{folder}/{file.name}"] = asdict(files.write_tensors(temporary / folder / file.name, file.tensors, file.metadata))
             if export is not None and problem is None:
                 files.before("export", temporary)
-                export(temporary)
+                written |= {str(path.relative_to(temporary)): asdict(entry) for path, entry in export(temporary).items()}
         except Exception as error:  # whatever a disk and a library may raise: the run does not end with it
             problem = f"{type(error).__name__}: {error}"
         found = [json.loads(text) for text in self.world.exchange("checkpoint", json.dumps([written, problem]))]

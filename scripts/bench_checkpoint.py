@@ -20,13 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.checkpoint import Checkpoints, Export, Mark
 from rlhf.distributed import World, init_world
+from rlhf.files import Written
 from rlhf.metrics import PhaseTimer
-from rlhf.models.export import on_host
+from rlhf.models.export import on_host, write_shards
 from rlhf.models.lora import weight_layout
 from rlhf.state import Copy
 from rlhf.trainers.rl import Models, learn
@@ -112,9 +112,9 @@ def measure_background(world: World, models: Models, folder: Path, shape: str, u
         weights = on_host(models.actor.full_tensors(layout), world.is_main, copy)
         return (lambda folder: write(folder, weights)) if world.is_main else None
 
-    def write(folder: Path, weights: dict[str, Tensor]) -> None:
+    def write(folder: Path, weights: dict[str, Tensor]) -> dict[Path, Written]:
         (folder / "hf").mkdir()
-        save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "hf" / "model.safetensors")
+        return write_shards(folder / "hf", weights)
 
     started = time.perf_counter()
     behind.prepare(models.engines, sum(2 * getattr(p, "ds_numel", p.numel()) for p in models.actor.module.parameters()))

@@ -40,9 +40,10 @@ class Engine:
         self.value = load_file(folder / "rank-0-000.safetensors")["value"]
 
 
-def export(folder: Path) -> None:
+def export(folder: Path) -> dict[Path, files.Written]:
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text("{}")
+    return {folder / "hf" / "model": files.write_text(folder / "hf" / "model", "weights")}
 
 
 def save(checkpoints: Checkpoints, step: int, best: tuple[int, ...] = (), part: int = 0) -> str | None:
@@ -279,7 +280,7 @@ def test_every_file_spoilt_in_turn_is_named_and_the_one_before_used(tmp_path: Pa
     save(checkpoints, 1)
     save(checkpoints, 2)
     victims = [p.relative_to(pattern) for p in (pattern / "checkpoints" / "checkpoint-2").rglob("*") if p.is_file()]
-    assert len(victims) == 5
+    assert len(victims) == 6
     for number, victim in enumerate(victims):
         run_dir = tmp_path / str(number)
         shutil.copytree(pattern, run_dir, symlinks=True)

@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 
-from huggingface_hub import save_torch_state_dict
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from rlhf.files import Written, write_tensors, write_text
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import SCORE_STATISTICS
 from rlhf.models.lora import ADAPTER_WEIGHTS
@@ -35,16 +38,15 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     statistics: tuple[float, float] | None = None,
     trust_remote_code: bool = False,
-) -> None:
-    """A folder that `from_pretrained` loads, from the whole tensors of the plain model on the host; tied weights are written once.
+) -> dict[Path, Written]:
+    """A folder that `from_pretrained` loads, from the whole tensors of the plain model on the host; tied weights are written once. The files of
+    weights.
 
     source: the folder that the model was loaded from; its config (with its own dropout) and generation config are kept. statistics: of a reward
     model's scores.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Pinned copies lie in one buffer, which the library would take for one tensor.
-    state = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in state.items()}
-    save_torch_state_dict(state, folder, safe_serialization=True)
+    written = write_shards(folder, state)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     plain = module.get_base_model() if isinstance(module, PeftModel) else module
     config.dtype = next(iter(state.values())).dtype
@@ -61,6 +63,17 @@ def export_model(
         if (source / name).is_file() and not (folder / name).exists():
             (folder / name).write_bytes((source / name).read_bytes())
     _write_statistics(folder, statistics)
+    return written
+
+
+def write_shards(folder: Path, state: dict[str, Tensor]) -> dict[Path, Written]:
+    """Weights, named as transformers names them. The libraries' own writers hold the interpreter while they write, so that a background save would
+    stop training, and refuse tensors that lie in one buffer, as pinned copies do."""
+    plan = split_torch_state_dict_into_shards({name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    return {folder / f: write_tensors(folder / f, {n: state[n] for n in names}, {"format": "pt"}) for f, names in plan.filename_to_tensors.items()}
 
 
 def export_adapter(folder: Path, module: nn.Module, state: dict[str, Tensor], source: Path, statistics: tuple[float, float] | None = None) -> None:

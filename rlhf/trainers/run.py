@@ -31,6 +31,7 @@ from rlhf.checkpoint import Checkpoints, Export, Exporter, Mark
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
 from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
+from rlhf.files import Written
 from rlhf.guards import Action, Guard
 from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, longest_row, plan_memory
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
@@ -321,10 +322,11 @@ class Run:
         if not self.world.is_main:
             return None
 
-        def export(folder: Path) -> None:
-            export_model(folder / "hf", module, model, source, tokenizer, statistics, role.trust_remote_code)
+        def export(folder: Path) -> dict[Path, Written]:
+            written = export_model(folder / "hf", module, model, source, tokenizer, statistics, role.trust_remote_code)
             if adapter is not None:
                 export_adapter(folder / "adapter", module, adapter, source, statistics)
+            return written
 
         return export
 
