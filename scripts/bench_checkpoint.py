@@ -3,8 +3,8 @@
     deepspeed --num_gpus 2 scripts/bench_checkpoint.py --shape 7B --folder /scratch
 
 JSON lines from rank 0. save: seconds until everything is on disk (fsynced) with its digests. resume: seconds to check every digest and to load.
-background, with what rank 0 exports: seconds until training goes on, seconds until all is on disk, and the share of these that updates alone would
-not have taken.
+background, with what rank 0 exports: seconds until training goes on, seconds until all is on disk, and the share of these that steps (rollout,
+update, hand-over) alone would not have taken.
 """
 
 from __future__ import annotations
@@ -19,38 +19,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf.checkpoint import Checkpoints, Export, Mark
 from rlhf.distributed import World, init_world
+from rlhf.experience import gather_rollout
 from rlhf.files import Written
 from rlhf.metrics import PhaseTimer
 from rlhf.models.export import on_host, write_shards
 from rlhf.models.lora import weight_layout
 from rlhf.state import Copy
 from rlhf.trainers.rl import Models, learn
-from rlhf.types import Prompt, Rollout, Scores
+from rlhf.types import Prompt, Sampling, Scores
 from scripts import bench_step
-from scripts.workloads import SHAPES
-
-
-def drawn(rows: int, tokens: int, vocabulary: int) -> Rollout:
-    """Rows of 16 prompt tokens and a response each."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, vocabulary - 1, (rows, tokens), generator=generator)
-    lengths = torch.full((rows,), tokens - 16)
-    prompts = [Prompt(row[:16].tolist(), "", "bench") for row in ids]
-    return Rollout(
-        prompts, torch.arange(rows), torch.zeros(rows).long(), ids, torch.full((rows,), 16), lengths, torch.ones(rows).bool(),
-        torch.zeros(rows, tokens - 16),
-    )  # fmt: skip
+from scripts.workloads import SHAPES, step_lengths
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.5B")
-    parser.add_argument("--rows", type=int, default=32, help="of 1,024 tokens, in an update")
+    parser.add_argument("--times", type=float, default=0.06, help="so many times the prompts of workload A in a step")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk that is to be measured; emptied")
     parser.add_argument("--only", choices=("save", "background"))
     parser.add_argument("--local_rank", type=int, default=0)
@@ -60,27 +50,39 @@ def main() -> None:
     config = bench_step.recipe(args)
     models = bench_step.build(args, config, world)
     timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None)
-    rollout = drawn(arguments.rows, 1024, SHAPES[arguments.shape].vocabulary)
+    prompts_, samples, before, lengths = step_lengths("A", arguments.times)
+    random = np.random.default_rng(1)
+    prompts = [Prompt(random.integers(10, SHAPES[arguments.shape].vocabulary - 1, before).tolist(), "", "bench") for _ in range(prompts_)]
+    mine = list(range(world.rank, prompts_, world.size))
+    forced = [int(n) for i in mine for n in lengths[i * samples : (i + 1) * samples]]
+    layout = weight_layout(models.actor.module)
+    models.actor.hand_over(layout, models.hybrid_engine)
     folder = arguments.folder / "bench_checkpoint"
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     world.barrier()
 
-    def update(step: int) -> float:
-        generator = torch.Generator().manual_seed(step)
-        scores = Scores(torch.randn(len(rollout), generator=generator), torch.ones(len(rollout), dtype=torch.bool), {}, {})
+    def step(number: int) -> float:
         world.barrier()
         started = time.perf_counter()
-        learn(models, config, timer, rollout, lambda: scores, step, 0.0, world)
+        local = models.hybrid_engine.generate([prompts[i] for i in mine], mine, samples, Sampling(int(lengths.max())), forced=forced)
+        world.wait_for_all("rollout")
+        models.hybrid_engine.release()
+        rollout = gather_rollout(local, dict(enumerate(prompts)), world)
+        scores = Scores(torch.randn(len(rollout), generator=torch.Generator().manual_seed(number)), torch.ones(len(rollout)).bool(), {}, {})
+        learn(models, config, timer, rollout, lambda: scores, number, 0.0, world)
+        models.actor.hand_over(layout, models.hybrid_engine)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    update(1)
-    usual = sorted(update(step) for step in range(2, 5))[1]
-    report(world, "update", usual, arguments.shape)
+    step(1)
+    usual = sorted(step(number) for number in range(2, 5))[1]
+    report(world, "step", usual, arguments.shape)
     if arguments.only != "background":
         measure_save(world, models, folder, arguments.shape)
     if arguments.only != "save":
-        measure_background(world, models, folder, arguments.shape, update, usual)
+        measure_background(world, models, folder, arguments.shape, step, usual)
     world.close()
 
 
@@ -104,7 +106,7 @@ def measure_save(world: World, models: Models, folder: Path, shape: str) -> None
     world.barrier()
 
 
-def measure_background(world: World, models: Models, folder: Path, shape: str, update: Callable[[int], float], usual: float) -> None:
+def measure_background(world: World, models: Models, folder: Path, shape: str, step: Callable[[int], float], usual: float) -> None:
     behind = Checkpoints(folder, world, keep_last=1, background=True)
     layout = weight_layout(models.actor.module)
 
@@ -120,21 +122,21 @@ def measure_background(world: World, models: Models, folder: Path, shape: str, u
     behind.prepare(models.engines, sum(2 * getattr(p, "ds_numel", p.numel()) for p in models.actor.module.parameters()))
     beside = []
     while world.most(int(behind.pinned is not None and behind.pinned.preparing)):
-        beside.append(update(100 + len(beside)))
+        beside.append(step(100 + len(beside)))
     slowest = round(max(beside, default=0.0), 3)
-    report(world, "locking host memory", time.perf_counter() - started, shape, updates=len(beside), slowest_update=slowest)
+    report(world, "locking host memory", time.perf_counter() - started, shape, steps=len(beside), slowest_step=slowest)
     for attempt in ("first", "second"):
         started = time.perf_counter()
         problem = behind.save(Mark(2), models.engines, {}, exporter=exporter)
         gone_on = time.perf_counter() - started
-        updates = 0
+        steps = 0
         while world.most(int(behind.writing)):
-            update(10 + updates)
-            updates += 1
+            step(10 + steps)
+            steps += 1
         whole = time.perf_counter() - started
         problem = problem or behind.finish()
-        stalled = round((whole - updates * usual) / whole, 4)
-        report(world, f"background, {attempt}", gone_on, shape, until_on_disk=round(whole, 2), updates=updates, stalled=stalled, problem=problem)
+        stalled = round((whole - steps * usual) / whole, 4)
+        report(world, f"background, {attempt}", gone_on, shape, until_on_disk=round(whole, 2), steps=steps, stalled=stalled, problem=problem)
         if world.is_main:
             shutil.rmtree(folder)
         world.barrier()

@@ -1,8 +1,8 @@
 """Kills jobs at random, and looks whether the supervisor brings each to the end of the run that nobody touched.
 
-    python scripts/chaos.py --kills 100 [--seed 0] [--first 0] [--jobs 1] [--shape 0.5B] [--out folder]
+    python scripts/chaos.py --kills 100 [--seed 0] [--first 0] [--jobs 1] [--ranks 2] [--shape 0.5B] [--out folder]
 
-A job is PPO on two ranks (GPUs, if there are two, else CPU), in deterministic mode, under `scripts/supervise.sh deepspeed`. Each gets one SIGKILL:
+A job is PPO on two ranks (of GPUs, if there are any, else CPU), in deterministic mode, under `scripts/supervise.sh deepspeed`. Each gets one SIGKILL:
 at a rank or at a process of the launcher; some time into a phase of a step, or at an operation of a checkpoint on a file (writing, syncing,
 renaming, deleting). It is right if in the end its weights, optimizer states and samples have the SHA-256 of the undisturbed run, and no process is
 left. JSON, a line for each kill, then one for all. Exit code 1 if one is not right.
@@ -29,20 +29,20 @@ PHASES = ("gen", "reward", "ref", "values", "old_log_prob", "update_actor", "upd
 FILE_OPERATIONS = {0: 75, 1: 15}  # rank -> about so many in a run
 
 
-def plan(seed: int) -> str:
+def plan(seed: int, ranks: int) -> str:
     """The kill of this number, as the hook reads it."""
     random_ = random.Random(seed)
-    rank = random_.randrange(2)
+    rank = random_.randrange(ranks)
     who = random_.choices(["rank", "inner", "launcher"], [8, 1, 1])[0]
     if random_.random() < 0.5:
         return f"{rank} {who} {random_.choice(PHASES)}-{random_.randint(1, STEPS)} {random_.choice([0, 0.01, 0.05, 0.2])}"
     return f"{rank} {who} file-{random_.randint(1, FILE_OPERATIONS[rank])} 0"
 
 
-def disturbed(recipe: Path, run_dir: Path, kill: str, expected: str) -> dict[str, object]:
+def disturbed(recipe: Path, run_dir: Path, kill: str, expected: str, ranks: int = 2) -> dict[str, object]:
     """One job."""
     started = time.monotonic()
-    job = Job(recipe, run_dir, kill=kill)
+    job = Job(recipe, run_dir, kill=kill, ranks=ranks)
     found: dict[str, object] = {"kill": kill}
     try:
         code = job.wait(600)
@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first kill, to go on with an earlier series")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="at a time")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, help="of a random model; default: two layers of 64")
     parser.add_argument("--out", type=Path, help="a new folder; default: a temporary one")
     arguments = parser.parse_args()
@@ -76,10 +77,10 @@ def main() -> int:
     recipe = make_ground(folder, STEPS)
     if arguments.shape:
         make_random(folder / "base", arguments.shape)
-    expected = undisturbed(recipe, folder / "undisturbed", STEPS)
+    expected = undisturbed(recipe, folder / "undisturbed", STEPS, arguments.ranks)
 
     def one(number: int) -> dict[str, object]:
-        found = disturbed(recipe, folder / f"run-{number}", plan(1000 * arguments.seed + number), expected)
+        found = disturbed(recipe, folder / f"run-{number}", plan(1000 * arguments.seed + number, arguments.ranks), expected, arguments.ranks)
         print(json.dumps({"number": number, **found}), flush=True)
         return found
 

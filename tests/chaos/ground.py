@@ -114,9 +114,9 @@ def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
 
 
 class Job:
-    """`scripts/supervise.sh deepspeed train_rlhf.py`, with two ranks."""
+    """`scripts/supervise.sh deepspeed train_rlhf.py`."""
 
-    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "") -> None:
+    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "", ranks: int = 2) -> None:
         self.run_dir, self.notes = run_dir, run_dir.with_name(f"{run_dir.name}-notes")
         self.notes.mkdir(exist_ok=True)
         self.log = run_dir.with_name(f"{run_dir.name}.log")
@@ -124,7 +124,7 @@ class Job:
         supervisor = ["bash", str(ROOT / "scripts" / "supervise.sh")]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*supervisor, *command("deepspeed", ["--config", str(recipe), f"run_dir={run_dir}", *arguments])],
+                [*supervisor, *command("deepspeed", ["--config", str(recipe), f"run_dir={run_dir}", *arguments], ranks)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -199,8 +199,8 @@ def digest(run_dir: Path, step: int) -> str:
     return whole.hexdigest()
 
 
-def undisturbed(recipe: Path, run_dir: Path, steps: int) -> str:
+def undisturbed(recipe: Path, run_dir: Path, steps: int, ranks: int = 2) -> str:
     """The digest of the run that nobody touches."""
-    job = Job(recipe, run_dir)
+    job = Job(recipe, run_dir, ranks=ranks)
     assert job.wait() == 0, job.log.read_text()[-5000:]
     return digest(run_dir, steps)

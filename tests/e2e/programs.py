@@ -112,16 +112,16 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def command(launcher: str, arguments: list[str]) -> list[str]:
-    """python: one rank; the others: two ranks on CPU."""
+def command(launcher: str, arguments: list[str], ranks: int = 2) -> list[str]:
+    """python: one rank; the others: two ranks on CPU, or so many GPUs."""
     port = str(free_port())
     prefix = {
         "python": [sys.executable],
-        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port],
-        "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port],
+        "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port],
         # accelerate's --cpu starts one process only (more through mpirun); its --multi_gpu is what starts several, GPUs or not.
         "accelerate": [
-            *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+            *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", str(ranks), "--num_machines", "1"),
             *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port),
         ],
     }[launcher]
