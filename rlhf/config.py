@@ -216,6 +216,9 @@ class DataConfig(Section):
     on_long_prompt: Literal["drop", "truncate"] = Field("drop", description="truncate keeps the end of the prompt")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row stops the run before a model loads, or is skipped and counted")
     drop_held_out: bool = Field(False, description="rl: leave out training prompts that validation holds too (else they are only counted)")
+    on_change: Literal["error", "accept"] = Field(
+        "error", description="a checkpoint that was trained on other rows is not gone on from, or is: the draws go on, among the new rows"
+    )
     shuffle: bool = Field(True, description="new order every epoch, decided by the seed")
 
 
