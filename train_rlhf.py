@@ -77,7 +77,7 @@ def fit(config: Config, resume: str, max_time: float | None = None) -> None:
 def refuse(error: ValueError) -> int:
     """A user's mistake as one message instead of a traceback per rank. What a library raises is no message for users: it goes on."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    if not raised_in.is_relative_to(ROOT / "rlhf"):
+    if not any(raised_in.is_relative_to(ROOT / part) for part in ("rlhf", "scripts")):
         raise error
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
