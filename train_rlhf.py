@@ -52,7 +52,7 @@ def fit(config: Config, resume: str, max_time: float | None = None) -> None:
     from rlhf import requests
     from rlhf.distributed import init_world, launch_environment
     from rlhf.engine import deterministic_kernels, seed_everything
-    from rlhf.preflight import check
+    from rlhf.preflight import check, check_data
     from rlhf.trainers.reward_model import train_reward_model
     from rlhf.trainers.rl import train_rl
     from rlhf.trainers.sft import train_sft
@@ -60,6 +60,7 @@ def fit(config: Config, resume: str, max_time: float | None = None) -> None:
     requests.max_time = max_time
     on_gpu = torch.cuda.is_available()
     check(config, launch_environment()[1], on_gpu)
+    check_data(config)
     deterministic = config.deterministic if config.deterministic is not None else not on_gpu
     train = {"sft": train_sft, "reward_model": train_reward_model, "rl": train_rl}[config.task]
     with deterministic_kernels(deterministic):
