@@ -52,13 +52,14 @@ def fit(config: Config, resume: str, asked: Requests) -> None:
     transformers.utils.logging.disable_progress_bar()
     from rlhf.distributed import init_world, launch_environment
     from rlhf.engine import deterministic_kernels, seed_everything
-    from rlhf.preflight import check
+    from rlhf.preflight import check, check_data
     from rlhf.trainers.reward_model import train_reward_model
     from rlhf.trainers.rl import train_rl
     from rlhf.trainers.sft import train_sft
 
     on_gpu = torch.cuda.is_available()
     check(config, launch_environment()[1], on_gpu)
+    check_data(config)
     deterministic = config.deterministic if config.deterministic is not None else not on_gpu
     train = {"sft": train_sft, "reward_model": train_reward_model, "rl": train_rl}[config.task]
     with deterministic_kernels(deterministic):
@@ -76,7 +77,7 @@ def fit(config: Config, resume: str, asked: Requests) -> None:
 def refuse(error: ValueError) -> int:
     """A user's mistake as one message instead of a traceback per rank. What a library raises is no message for users: it goes on."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    if not raised_in.is_relative_to(ROOT / "rlhf"):
+    if not any(raised_in.is_relative_to(ROOT / part) for part in ("rlhf", "scripts")):
         raise error
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:

@@ -216,6 +216,9 @@ class DataConfig(Section):
     on_long_prompt: Literal["drop", "truncate"] = Field("drop", description="truncate keeps the end of the prompt")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row stops the run before a model loads, or is skipped and counted")
     drop_held_out: bool = Field(False, description="rl: leave out training prompts that validation holds too (else they are only counted)")
+    on_change: Literal["error", "accept"] = Field(
+        "error", description="a checkpoint that was trained on other rows is not gone on from, or is: the draws go on, among the new rows"
+    )
     shuffle: bool = Field(True, description="new order every epoch, decided by the seed")
 
 
@@ -579,11 +582,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror or error}; recipes are in scripts/recipes/") from None
-    try:
-        tree = yaml.safe_load(text)
-        lines = _line_numbers(yaml.compose(text))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    tree, lines = _read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections, e.g. `task: rl`")
     for override in overrides or []:
@@ -630,7 +629,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node.get(part), dict | list):
             node[part] = {}
         node = node[part]
-    parsed = yaml.safe_load(value) if value else None
+    parsed, _ = _read_yaml(value, f"override {key}")
     if isinstance(node, list):
         node[_index(node, last, key)] = parsed
     else:
@@ -643,17 +642,38 @@ def _index(node: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _line_numbers(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+def _read_yaml(text: str, origin: str) -> tuple[Any, dict[str, int]]:
+    """(what it holds, dotted key -> line). ValueError for what is no YAML, and for a key that stands twice: the last one would win without a word."""
+    try:
+        return yaml.safe_load(text), _line_numbers(yaml.compose(text), origin)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin}: not valid YAML: {error}") from None
+
+
+def _line_numbers(node: yaml.Node | None, origin: str, prefix: str = "") -> dict[str, int]:
     lines: dict[str, int] = {}
     pairs: list[tuple[str, yaml.Node, int]] = []
     if isinstance(node, yaml.MappingNode):
         pairs = [(str(k.value), v, k.start_mark.line + 1) for k, v in node.value]
     elif isinstance(node, yaml.SequenceNode):
         pairs = [(str(i), v, v.start_mark.line + 1) for i, v in enumerate(node.value)]
+    seen: dict[str, int] = {}
     for name, child, line in pairs:
-        lines[prefix + name] = line
-        lines.update(_line_numbers(child, f"{prefix}{name}."))
+        if name in seen:
+            raise ValueError(f"{origin}:{line}: `{prefix}{name}` stands twice, first in line {seen[name]}; keep one")
+        seen[name] = lines[prefix + name] = line
+        lines.update(_line_numbers(child, origin, f"{prefix}{name}."))
     return lines
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. ValueError for a key that stands twice in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"`{twice}` stands twice in one object; keep one")
+    return found
 
 
 def _explain(error: Any, origin: str, lines: dict[str, int]) -> str:
@@ -722,9 +742,11 @@ def read_deepspeed(source: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
     for candidate in (Path(source), ROOT / source):
         if candidate.is_file():
             try:
-                tree = json.loads(candidate.read_text(encoding="utf-8"))
+                tree = json.loads(candidate.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{candidate}:{error.lineno}: not valid JSON: {error.msg}") from None
+            except ValueError as error:
+                raise ValueError(f"{candidate}: {error}") from None
             if not isinstance(tree, dict):
                 raise ValueError(f"{candidate}: a DeepSpeed config is a JSON object")
             return tree, str(candidate)

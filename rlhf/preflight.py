@@ -22,12 +22,13 @@ from rlhf.config import (
     shares_base,
     to_yaml,
 )
+from rlhf.data import load_preferences, load_prompts, load_sequences, read_rows
 from rlhf.distributed import launch_environment
 from rlhf.memory import blank_model, device_capacity, host_capacity, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
-from rlhf.models.loading import read_architecture
+from rlhf.models.loading import load_tokenizer, read_architecture
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
 from rlhf.rewards.functions import FunctionReward
@@ -66,6 +67,25 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
             FunctionReward(RewardComponentConfig(function=config.validation.verifier))
 
 
+def check_data(config: Config, rows: bool = False) -> None:
+    """Every source is there and can be read; rows: its first row is what the task needs, too (a start reads all). ValueError names the key."""
+    load = {"sft": load_sequences, "reward_model": load_preferences, "rl": load_prompts}[config.task]
+    data = config.data.model_copy(update={"max_prompt_tokens": 1 << 40, "max_tokens": 1 << 40})
+    for section, sources in (("data.train", config.data.train), ("validation.data", config.validation.data)):
+        for i, source in enumerate(sources):
+            first = source.model_copy(update={"size": 1})
+            try:
+                next(read_rows(first), None)
+                if rows and data.on_bad_row == "error":
+                    assert config.train_path is not None
+                    role = config.reward_model if config.task == "reward_model" else config.actor
+                    load([first], data, load_tokenizer(config.train_path, role.trust_remote_code))
+            except ValueError as error:
+                key = section if len(sources) == 1 else f"{section}.{i}"
+                said = str(error)
+                raise ValueError(said.replace("data source ", f"{key}.", 1) if said.startswith("data source ") else f"{key}: {said}") from None
+
+
 def _blank(name: str, role: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
     """The role's model on the meta device, without adapters."""
     return blank_model(role.model_copy(update={"lora": None}), architecture, name not in ("actor", "reference"), torch.bfloat16)
@@ -92,6 +112,7 @@ def describe(config: Config) -> str:
     _, world_size, _, local_size = launch_environment()
     on_gpu = torch.cuda.is_available()
     check(config, world_size, on_gpu)
+    check_data(config, rows=True)
     chosen: list[str] = []
     if open_choices(config):
         values, line = choose(config, roles(config), world_size, device_capacity(), host=host_capacity(local_size))

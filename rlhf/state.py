@@ -205,7 +205,7 @@ def read(folder: Path, parts: Sequence[Part], names: Sequence[str], optimizer: t
     """Fill masters and optimizer states from what any number of ranks wrote to `folder`; the facts given then. names: of all trained parameters.
 
     Raises ValueError where the files have other parameters, or do not have all of one."""
-    with _Files(folder) as files:
+    with Files(folder) as files:
         files.check(names)
         for part in parts:
             shape, scalars = files.shapes[part.name], files.scalars[part.name]
@@ -234,8 +234,8 @@ def _like_master(value: Any, part: Part) -> bool:
     return isinstance(value, Tensor) and value.shape == part.master.shape and value.dim() > 0
 
 
-class _Files:
-    """All ranks' files of a folder, open."""
+class Files:
+    """All ranks' files of a folder, open. ValueError if there are none."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._open = folder, []
@@ -245,7 +245,7 @@ class _Files:
         self.facts: dict[str, Any] = {}
         self.kinds: list[str] = []
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> Files:
         paths = sorted(self._folder.glob("rank-*.safetensors"))
         if not paths:
             raise ValueError(f"{self._folder}: there is no rank-*.safetensors, so it is no state that a checkpoint keeps")
@@ -273,6 +273,12 @@ class _Files:
                 f"{self._folder}: {len(strange)} trained parameters are in the checkpoint or in the model only, e.g. {strange[0]} in {where}: "
                 "another model wrote it, or one with other adapters"
             )
+
+    def weight(self, name: str) -> Tensor:
+        """The whole of a trained parameter, float32."""
+        whole = torch.empty(math.prod(self.shapes[name]))
+        self.fill(whole, WEIGHT, name, 0)
+        return whole.view(self.shapes[name])
 
     def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
         """target [count] = the whole from `start` on."""

@@ -127,6 +127,8 @@ def test_shipped_recipes_are_valid(recipe_file: Path) -> None:
         (("  group_size: 4", "  top_k: 5"), r"trap 18\): remove them; they belong in validation"),
         (("task: rl", "task: dpo"), r"recipe.yaml:1: `task`: .*'sft', 'reward_model' or 'rl' \(given: 'dpo'\)"),
         (("task: rl", "task: [rl"), r"recipe.yaml: not valid YAML"),
+        (("  group_size: 4", "  group_size: 4\n  group_size: 8"), r"recipe.yaml:16: `rollout.group_size` stands twice, first in line 15; keep one"),
+        (("train:\n  steps: 10", "actor:\n  path: models/n"), r"recipe.yaml:16: `actor` stands twice, first in line 3; keep one"),
     ],
 )
 def test_mistakes_are_named_with_place_and_mend(recipe: Any, change: tuple[str, str], message: str) -> None:
@@ -186,6 +188,8 @@ def test_overrides_reach_into_lists(recipe: Any) -> None:
         ("actor.learning_rate", r"override 'actor.learning_rate': write key.sub=value"),
         ("=3", r"override '=3': write key.sub=value"),
         ("actor.lr=3", r"command line: unknown key `actor.lr`"),
+        ("actor.betas=[0.9", r"override actor.betas: not valid YAML"),
+        ("actor.lora={r: 4, r: 8}", r"override actor.lora:1: `r` stands twice"),
         ("actor.learning_rate=-1", r"command line: `actor.learning_rate`: .*greater than or equal to 0 \(given: -1\)"),
     ],
 )
@@ -347,6 +351,9 @@ def test_unreadable_deepspeed_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{\n "zero": ,\n}')
     with pytest.raises(ValueError, match=r"a.json:2: not valid JSON"):
         read_deepspeed(str(tmp_path / "a.json"))
+    (tmp_path / "twice.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
+    with pytest.raises(ValueError, match=r"twice.json: `stage` stands twice in one object; keep one"):
+        read_deepspeed(str(tmp_path / "twice.json"))
     (tmp_path / "b.json").write_text("[]")
     with pytest.raises(ValueError, match=r"b.json: a DeepSpeed config is a JSON object"):
         read_deepspeed(str(tmp_path / "b.json"))

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.config import DataConfig, SourceConfig
+from rlhf.config import DataConfig, SourceConfig, parse_config
 from rlhf.data import (
     RowProblem,
     encode_conversation,
@@ -25,6 +25,7 @@ from rlhf.data import (
     load_sequences,
     read_rows,
 )
+from rlhf.preflight import check_data
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -521,3 +522,47 @@ def test_sources_that_cannot_be_read_name_the_mend(tmp_path: Path) -> None:
         options = {key: tmp_path / value if key == "path" else value for key, value in source.items()}  # type: ignore[operator]
         with pytest.raises(ValueError, match=message):
             list(read_rows(SourceConfig(**options)))
+
+
+# ---- before a model loads
+
+
+ROWS = {
+    "rl": ({"prompt": "w5 w6"}, "`prompt` is missing"),
+    "sft": ({"prompt": "w5 w6", "response": "w7"}, "`prompt` is missing"),
+    "reward_model": ({"prompt": "w5", "chosen": "w7", "rejected": "w8"}, "`chosen` is missing"),
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_data_is_looked_at_before_a_model_loads(models: Path, tmp_path: Path, task: str) -> None:
+    good, lacks = ROWS[task]
+    (tmp_path / "good.jsonl").write_text(json.dumps(good) + "\nnot json\n")  # the second row is for the start to find
+    (tmp_path / "other.jsonl").write_text('{"text": "w5"}\n')
+    (tmp_path / "rows.txt").write_text("")
+
+    def refusal(rows: bool, *train: str, **data: Any) -> str:
+        tree: dict[str, Any] = {
+            "task": task,
+            "run_dir": tmp_path / "run",
+            "actor": {"path": models / "llama"},
+            "reward_model": {"path": models / "llama"},
+            "reward": {"components": [{"function": "format_tags"}]} if task == "rl" else {},
+            "data": {"train": [{"path": tmp_path / name} for name in train], "max_prompt_tokens": 1, "max_tokens": 2, **data.get("data", {})},
+            "validation": {"data": [{"path": tmp_path / name} for name in data.get("held_out", [])], "verifier": "exact_match"},
+            "train": {"steps": 1},
+        }
+        try:
+            check_data(parse_config(tree), rows)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    for rows in (False, True):
+        assert refusal(rows, "good.jsonl", held_out=["good.jsonl"]) == ""
+        assert refusal(rows, "god.jsonl") == f"data.train.path={tmp_path}/god.jsonl: no such file; did you mean {tmp_path}/good.jsonl?"
+        assert refusal(rows, "good.jsonl", "god.jsonl").startswith(f"data.train.1.path={tmp_path}/god.jsonl: no such file")
+        assert refusal(rows, "good.jsonl", held_out=["rows.txt"]).startswith(f"validation.data.path={tmp_path}/rows.txt: unknown suffix")
+    assert refusal(False, "other.jsonl") == refusal(True, "other.jsonl", data={"on_bad_row": "skip"}) == ""
+    said = refusal(True, "good.jsonl", held_out=["other.jsonl"])
+    assert said.startswith("validation.data: 1 bad rows") and "other.jsonl:1" in said and lacks in said

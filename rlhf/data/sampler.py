@@ -35,15 +35,10 @@ class DrawSampler:
         return draws
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "size": self.size}
+        return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state was saved over another number of rows: the order could not go on."""
-        if state["size"] != self.size:
-            raise ValueError(
-                f"the checkpoint was trained on {state['size']} rows, the data now has {self.size}: "
-                "resume with the same data sources, or start a new run from the checkpoint's weights"
-            )
+        """Draws go on counting; over other rows than the state was saved over, in the order of these."""
         self.position = int(state["position"])
 
     def _row(self, draw: int) -> int:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
-from rlhf.config import SourceConfig
+from rlhf.config import SourceConfig, unique_keys
 from rlhf.data.rows import Row, RowProblem
 
 DEFAULT_TASK_SIZE = 1000
@@ -93,12 +93,10 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowProblem("duplicate key", f"`{twice}` stands twice in one object; keep one")
-    return row
+    try:
+        return unique_keys(pairs)
+    except ValueError as error:
+        raise RowProblem("duplicate key", str(error)) from None
 
 
 def _as_row(value: Any) -> Row | RowProblem:

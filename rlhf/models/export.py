@@ -84,6 +84,8 @@ def export_adapter(folder: Path, module: nn.Module, state: dict[str, Tensor], so
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = deepcopy(module.peft_config["default"])
     config.base_model_name_or_path = str(source.resolve())
+    if isinstance(config.target_modules, set):  # its order is another one in every process
+        config.target_modules = sorted(config.target_modules)
     if isinstance(module.get_base_model(), ScalarModel):  # the head is trained whole and belongs to the adapter
         config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
     config.save_pretrained(str(folder))

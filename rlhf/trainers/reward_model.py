@@ -20,7 +20,7 @@ from rlhf.models.forward import last_token_scores
 from rlhf.models.loading import load_tokenizer, tensor_names
 from rlhf.ops.losses import preference_loss
 from rlhf.trainers.probe import fit_budget
-from rlhf.trainers.run import Best, check_same_data, device_peak_flops, start_run
+from rlhf.trainers.run import Best, device_peak_flops, start_run
 from rlhf.trainers.sft import total_steps
 from rlhf.types import PreferencePair, Sequence
 
@@ -38,11 +38,10 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     held_out = load_preferences(config.validation.data, config.data, tokenizer)[0] if config.validation.data else []
     steps = total_steps(config, len(pairs))
     best = Best(config.validation.best_metric or "val-core/pair_accuracy/mean", config.validation.best_mode or "max", config.checkpoint.keep_best)
-    run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    rows = [[[len(p.chosen.input_ids), *p.chosen.input_ids, *p.rejected.input_ids] for p in part] for part in (pairs, held_out)]
+    run = start_run(config, world, tokenizer, resume, steps, best, cleanup, *rows)
     config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())
-    check_same_data(world, (side.input_ids for p in pairs + held_out for side in (p.chosen, p.rejected)))  # (collective)
-
     head = "keep" if "score.weight" in tensor_names(role.path) else "zero"
     run.console.message("the head starts " + ("as the folder holds it" if head == "keep" else "at zero"))
     run.expect(max(len(side.input_ids) for p in pairs for side in (p.chosen, p.rejected)))  # (collective)

@@ -54,7 +54,7 @@ from rlhf.rewards.pool import Pool
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import is_lean
 from rlhf.trainers.probe import Loss, fit_budget
-from rlhf.trainers.run import Best, Run, check_same_data, device_peak_flops, start_run
+from rlhf.trainers.run import Best, Run, device_peak_flops, start_run
 from rlhf.trainers.validation import Validator, share_out, write_training_samples
 from rlhf.types import Experience, LossOutput, MicroBatch, Prompt, Rollout, Sampling, Scores
 
@@ -100,12 +100,12 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         verifier.check_columns({name for p in held_out for name in p.columns})
 
     best = Best(config.validation.best_metric or _accuracy_metric(held_out), config.validation.best_mode or "max", config.checkpoint.keep_best)
-    run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
-    config = run.config  # with the budget of earlier starts
     prompts, overlap = separate(prompts, held_out, config.data.drop_held_out)
+    rows = [[p.input_ids for p in part] for part in (prompts, held_out)]
+    run = start_run(config, world, tokenizer, resume, steps, best, cleanup, *rows)
+    config = run.config  # with the budget of earlier starts
     for text in [report.summary(), *([held_out_report.summary()] if held_out_report else []), *overlap]:
         run.console.message(text)
-    check_same_data(world, (p.input_ids for p in prompts + held_out))  # (collective)
     longest = check_lengths(config, prompts, held_out)
     run.expect(longest)  # (collective)
     config = run.config  # with what was left to the memory plan

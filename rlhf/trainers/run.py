@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -92,6 +93,8 @@ class Run:
     longest: int  # tokens of the longest row
     plan: Plan = field(default_factory=Plan)
     guard: Guard = field(init=False)
+    recipe: str = "{}"  # YAML, as this start was given it
+    data: dict[str, Any] = field(default_factory=dict)  # of the training rows: `check_same_data`
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
     agreed: int | None = None  # the step after which the ranks were last found in the same state
 
@@ -165,19 +168,36 @@ class Run:
         exported = next(iter(engines.values())).module.parameters() if self.config.checkpoint.save_hf else ()
         self.checkpoints.prepare(engines, sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in exported))  # (collective)
         if self.resume_from is None:
+            self._keep_recipe()
             return 0
         self.state = self.checkpoints.load(self.resume_from, engines)
         if self.state["best"]["metric"] == self.best.metric:  # values of another metric cannot be compared
             self.best.top = [(value, step) for value, step in self.state["best"]["top"]][: self.best.keep]
         self.guard.load_state_dict(self.state["guard"])
         step = int(self.state["step"])
-        if self.state["part"]:
+        if self.state["part"] and self.state.get("data", self.data) != self.data:
+            self.state["part"] = 0  # its prompts are gone
+            done = f"what step {step + 1} had finished was of other rows: it begins anew"
+        elif self.state["part"]:
             done = f"going on inside of step {step + 1}"
         else:
             self.log.complete(step, self.state["metrics"])
             done = "the run is complete; --resume never starts it afresh" if step >= steps else f"going on after step {step}"
         self.console.message(f"resumed from {self.resume_from}: {done}")
+        if "recipe" in self.state:
+            for change in changes(self.state["recipe"], self._kept_recipe()):
+                self.console.message(f"recipe, since then: {change}")
+        self._keep_recipe()
         return step
+
+    def _keep_recipe(self) -> None:
+        """In the run folder, once this start is not refused any more."""
+        if self.world.is_main:
+            (self.config.run_dir / "config.yaml").write_text(self.recipe)
+
+    def _kept_recipe(self) -> dict[str, Any]:
+        """In a checkpoint: without the run folder, which may be another one later."""
+        return {key: value for key, value in yaml.safe_load(self.recipe).items() if key != "run_dir"}
 
     def progress(self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any]) -> Progress:
         """Of a step that begins, with what the checkpoint that we resume from has of it; state: of the trainer as the step begins."""
@@ -291,7 +311,13 @@ class Run:
 
     def _own_state(self) -> dict[str, Any]:
         best = {"metric": self.best.metric, "top": list(self.best.top)}
-        return {"best": best, "guard": copy.deepcopy(self.guard.state_dict()), "good": self.guard.bad == 0}
+        return {
+            "recipe": self._kept_recipe(),
+            "data": self.data,
+            "best": best,
+            "guard": copy.deepcopy(self.guard.state_dict()),
+            "good": self.guard.bad == 0,
+        }
 
     def _follow(self, asked: int) -> None:
         """Leave, if that is what was asked for: everything is saved. (collective)"""
@@ -393,19 +419,34 @@ class Run:
 
 
 def start_run(
-    config: Config, world: World, tokenizer: PreTrainedTokenizerBase, resume: str, total_steps: int, best: Best, cleanup: contextlib.ExitStack
+    config: Config,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    resume: str,
+    total_steps: int,
+    best: Best,
+    cleanup: contextlib.ExitStack,
+    rows: Iterable[list[int]] = (),
+    held_out: Iterable[list[int]] = (),
 ) -> Run:
-    """Open the run folder: decide what to resume from and with which budget, write the resolved config, open the sinks; `cleanup` closes them, and
-    ends the job where memory ran out. (collective)"""
+    """Open the run folder: decide what to resume from and with which budget, open the sinks; `cleanup` closes them, and ends the job where memory ran
+    out. rows, held_out: token ids of what is trained and validated on, in the sampler's order. ValueError where the checkpoint was trained on other
+    rows. (collective)"""
     check_agreement(config_items(config), "at the start", world)  # (collective)
+    data, recipe = check_same_data(world, rows, held_out), to_yaml(config)  # (collective)
     if busy := world.broadcast_object(take_folder(config.run_dir, cleanup) if world.is_main else None):  # (collective)
         raise ValueError(busy)
     checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last, config.checkpoint.background)
     if world.is_main:
         (config.run_dir / "samples").mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").write_text(to_yaml(config))
     world.barrier()
     resume_from, remarks = checkpoints.find(resume)
+    before = json.loads((resume_from / "trainer_state.json").read_text()) if resume_from else {}
+    if config.data.on_change == "error" and before.get("data", data) != data:
+        raise ValueError(
+            f"data.train: {data['rows']} rows, and not those that {resume_from} was trained on ({before['data']['rows']}): it would go on in others. "
+            "Give it the same ones; or go on with these, data.on_change=accept; or start afresh, --resume never"
+        )
     if world.is_main and resume == "never":
         (config.run_dir / BUDGET).unlink(missing_ok=True)
     origin = resume_from.parent.parent if resume_from else None  # the run folder of the checkpoint
@@ -414,7 +455,7 @@ def start_run(
     taken = {key: value for key in left if (value := value_of(config, key)) != "auto"}
     if taken and world.is_main and origin and origin.resolve() != config.run_dir.resolve():
         write_budget(config.run_dir, 0, CHOSEN, taken)
-    step = int(json.loads((resume_from / "trainer_state.json").read_text())["step"]) if resume_from else None
+    step = int(before["step"]) if resume_from else None
     console = Console(config.tracking.console, total_steps, world.is_main)
     log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
 
@@ -430,7 +471,8 @@ def start_run(
 
     meter = MemoryMeter(world.device.type == "cuda")
     timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, on_end)
-    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest_row(config))
+    longest = longest_row(config)
+    run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest, recipe=recipe, data=data)
     cleanup.push(run.leave)
     for remark in remarks:
         console.message(remark)
@@ -455,18 +497,37 @@ def take_folder(run_dir: Path, cleanup: contextlib.ExitStack) -> str | None:
     return None
 
 
-def check_same_data(world: World, rows: Iterable[list[int]]) -> None:
-    """Every rank has read its own copy of the data; ranks that hold different rows would train on them without a word.
+def check_same_data(world: World, rows: Iterable[list[int]], held_out: Iterable[list[int]] = ()) -> dict[str, Any]:
+    """{"rows": how many, "sha256": of their token ids in this order} of the training rows.
 
-    Raises RuntimeError. (collective)
+    Every rank has read its own copy of the data; ranks that hold different rows would train on them without a word: RuntimeError. (collective)
     """
-    digest = hashlib.sha256()
-    for ids in rows:
-        digest.update(np.array([len(ids), *ids]).tobytes())
-    found = world.gather_objects(digest.hexdigest())
-    odd = next((rank for rank, other in enumerate(found) if other != found[0]), None)
+    data, other = _digest(rows), _digest(held_out)
+    found = world.gather_objects((data, other))
+    odd = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if odd is not None:
         raise RuntimeError(f"rank {odd} has read other data than rank 0: do both see the same files, and is PYTHONHASHSEED the same?")
+    return data
+
+
+def _digest(rows: Iterable[list[int]]) -> dict[str, Any]:
+    digest, count = hashlib.sha256(), 0
+    for ids in rows:
+        digest.update(np.array([len(ids), *ids]).tobytes())
+        count += 1
+    return {"rows": count, "sha256": digest.hexdigest()}
+
+
+def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """ "KEY: BEFORE -> NOW" of everything that is not the same in two recipes."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *(name for name in now if name not in before)]:
+            yield from changes(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, pair in enumerate(zip(before, now, strict=True)):
+            yield from changes(*pair, f"{key}.{i}")
+    elif before != now:
+        yield f"{key}: {json.dumps(before)} -> {json.dumps(now)}"
 
 
 def device_peak_flops() -> float | None:

@@ -22,7 +22,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.scoring_head import logprobs_of
 from rlhf.ops.masking import masked_sum
 from rlhf.trainers.probe import fit_budget
-from rlhf.trainers.run import Best, check_same_data, device_peak_flops, start_run
+from rlhf.trainers.run import Best, device_peak_flops, start_run
 from rlhf.types import Sequence
 
 
@@ -36,11 +36,10 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     held_out = load_sequences(config.validation.data, config.data, tokenizer)[0] if config.validation.data else []
     steps = total_steps(config, len(sequences))
     best = Best(config.validation.best_metric or "val-core/loss", config.validation.best_mode or "min", config.checkpoint.keep_best)
-    run = start_run(config, world, tokenizer, resume, steps, best, cleanup)
+    rows = [[s.input_ids for s in part] for part in (sequences, held_out)]
+    run = start_run(config, world, tokenizer, resume, steps, best, cleanup, *rows)
     config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())
-    check_same_data(world, (s.input_ids for s in sequences + held_out))  # (collective)
-
     run.expect(max(len(s.input_ids) for s in sequences))  # (collective)
     config = run.config  # with what was left to the memory plan
     actor = run.train_engine(config.actor, "actor", steps)

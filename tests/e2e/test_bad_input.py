@@ -105,7 +105,11 @@ def test_wrong_folders_and_functions(ground: Ground) -> None:
         (["reward.components.0.function=exact_match", f"data.train.path={unanswered}"], ["'exact_match': needs 'answer', which is no column"]),
         ([held_out, "validation.verifier=exact_mach"], ["reward function 'exact_mach': unknown"]),
         (["deepspeed=ds_configs/zero4.json"], ["deepspeed=ds_configs/zero4.json: no such file"]),
-        (["data.train.path=/absent.jsonl"], ["data source path=/absent.jsonl: no such file"]),
+        (["data.train.path=/absent.jsonl"], ["data.train.path=/absent.jsonl: no such file"]),
+        (
+            [f"validation.data.path={ground.folder}/held_out.txt", "validation.verifier=exact_match"],
+            ["validation.data.path=", "no such file; did you"],
+        ),
         (["--resume=/absent/checkpoint-1"], ["/absent/checkpoint-1: no readable manifest.json", "--resume never"]),
     ]
     starts = json.dumps([["--config", str(recipe), *arguments] for arguments, _ in cases])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from scripts import export
 from tests.e2e.conftest import Finished
 from tests.e2e.programs import checkpoints, metrics, reversal_rows, samples, steps
 from tests.e2e.rows import MALFORMED
@@ -167,3 +168,19 @@ def test_reward_model_folder_scores_as_in_ppo(reward_model: Finished, ppo: Finis
         compared += 1
     assert compared > 40
     assert statistics["std"] > 0.01
+
+
+def test_any_checkpoint_can_be_exported(sft: Finished, reward_model: Finished, grpo: Finished, tmp_path: Path) -> None:
+    """Bit for bit what the run has written beside it, files that are no tensors included."""
+    for finished, written, arguments in [
+        (sft, "hf", []),
+        (reward_model, "hf", []),
+        (grpo, "hf", []),
+        (grpo, "adapter", ["--adapter"]),
+    ]:
+        out = tmp_path / f"{finished.run_dir.name}-{written}"
+        assert export.main([str(finished.run_dir / "checkpoints" / "latest"), str(out), *arguments]) == 0
+        kept = finished.hf.parent / written
+        assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in kept.iterdir())
+        for file in kept.iterdir():
+            assert (out / file.name).read_bytes() == file.read_bytes(), file

@@ -1,0 +1,110 @@
+"""A run that is started again with other data, or with another recipe: what is refused, what is said, and what is left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config import parse_config
+from rlhf.distributed import World
+from rlhf.requests import STOP, Requests
+from rlhf.trainers import reward_model, rl, sft
+from tests.helpers import deepspeed_block, run_ranks, write_jsonl
+
+TASKS = {"sft": sft.train_sft, "reward_model": reward_model.train_reward_model, "rl": rl.train_rl}
+ROLES = {"sft": "actor", "reward_model": "reward_model", "rl": "actor"}
+
+
+def rows(*words: int) -> list[dict[str, str]]:
+    return [{"prompt": f"w{word} w9" + " w4" * (word > 19), "response": "w7", "answer": "w7", "chosen": "w7 w8", "rejected": "w8"} for word in words]
+
+
+def started(world: World, models: Path, task: str, words: list[int], changes: dict[str, Any], asked: int) -> tuple[str, str]:
+    """(what the console says, the refusal if it is one); asked: after so many boundaries it is asked to leave."""
+    folder = models.parent / f"going-on-{task}"
+    folder.mkdir(exist_ok=True)
+    tree: dict[str, Any] = {
+        "task": task,
+        "run_dir": folder / changes.get("run", "run"),
+        "threads": 1,
+        "deepspeed": deepspeed_block(2, sgd=False),
+        ROLES[task]: {"path": models / "llama", "dtype": "float32", **changes.get("role", {})},
+        "reward": {"components": [{"function": "exact_match"}]} if task == "rl" else {},
+        "algorithm": {"name": "grpo"},
+        "rollout": {"prompts": 2, "group_size": 2, "max_new_tokens": 3},
+        "data": {"train": [{"path": write_jsonl(folder / "rows.jsonl", rows(*words))}], **changes.get("data", {})},
+        "train": {"steps": changes.get("steps", 1), "micro_batch": 2, **({} if task == "rl" else {"batch": 2})},
+        "checkpoint": {"every": 1, "save_hf": False},
+        "tracking": {"console": "plain"},
+    }
+    polls = iter([0] * asked if asked else [])
+
+    def poll(self: Requests) -> int:
+        self.reason = "a test"
+        return next(polls, STOP if asked else 0)
+
+    Requests.poll = poll  # type: ignore[method-assign]
+    said, refusal = io.StringIO(), ""
+    with ExitStack() as cleanup, contextlib.redirect_stdout(said):
+        try:
+            TASKS[task](parse_config(tree), world, "auto", cleanup)
+        except ValueError as error:
+            refusal = str(error)
+        except SystemExit:
+            pass
+    return said.getvalue(), refusal
+
+
+def start(models: Path, task: str, words: list[int], asked: int = 0, **changes: Any) -> tuple[str, str]:
+    said, refusal = run_ranks(started, 1, models, task, words, changes, asked)[0]
+    return said, refusal
+
+
+def state(folder: Path, name: str = "latest") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "checkpoints" / name / "trainer_state.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_rows_are_refused_unless_they_are_wanted(models: Path, task: str) -> None:
+    folder = models.parent / f"going-on-{task}" / "run"
+    assert start(models, task, [5, 6, 8]) != ("", "") and state(folder)["data"]["rows"] == 3
+    recipe = (folder / "config.yaml").read_text()
+
+    _, refusal = start(models, task, [5, 6, 10], steps=2)
+    assert refusal.startswith("data.train: 3 rows, and not those that") and "checkpoint-1 was trained on (3)" in refusal
+    assert "data.on_change=accept" in refusal and "--resume never" in refusal
+    if task == "sft":
+        assert start(models, task, [6, 5, 8], steps=2)[1] and start(models, task, [5, 6, 8, 10], steps=2)[1]  # in another order, and one more
+        assert "trained parameters are in the checkpoint or in the model only" in start(models, task, [5, 6, 8], role={"lora": {"r": 2}})[1]
+    assert (folder / "config.yaml").read_text() == recipe and state(folder)["step"] == 1
+
+    said, refusal = start(models, task, [5, 6, 8, 10], steps=2, data={"on_change": "accept"}, role={"learning_rate": 1e-4})
+    assert not refusal and "going on after step 1" in said
+    assert {line.partition("since then: ")[2] for line in said.splitlines() if "since then" in line} == {
+        f"{ROLES[task]}.learning_rate: 1e-06 -> 0.0001",
+        'data.on_change: "error" -> "accept"',
+        "train.steps: 1 -> 2",
+    }
+    assert state(folder)["step"] == 2 and state(folder)["data"]["rows"] == 4 and "on_change: accept" in (folder / "config.yaml").read_text()
+
+
+def test_a_step_that_had_begun_with_other_rows_begins_anew(models: Path) -> None:
+    """Asked to leave after the rollout of step 2, it goes on with that rollout; with other rows it draws another."""
+    folder = models.parent / "going-on-rl" / "begun"
+    changes: dict[str, Any] = {"steps": 2, "data": {"on_change": "accept", "shuffle": False}, "run": "begun"}
+    start(models, "rl", [5, 6, 8, 11], asked=5, **changes)
+    left = (folder / "checkpoints" / "latest").resolve().name
+    assert left.startswith("checkpoint-1+"), left
+    said, _ = start(models, "rl", [20, 21, 22, 23, 24], **changes)
+    assert "what step 2 had finished was of other rows: it begins anew" in said
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 2 and line["prompt_length/mean"] == 3  # the rollout that was thrown away has prompts of two tokens
+    samples = [json.loads(line)["prompt"] for line in (folder / "samples" / "training-000002.jsonl").read_text().splitlines()]
+    assert samples == ["w22 w9 w4"] * 2 + ["w23 w9 w4"] * 2
