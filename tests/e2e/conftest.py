@@ -205,7 +205,7 @@ def reward_model(ground: Ground, sft: Finished) -> Finished:
     """Through the launcher, ZeRO-3, with a wandb server that does not answer."""
     recipe = {
         "task": "reward_model",
-        "reward_model": {"path": sft.hf, "learning_rate": 3e-3},
+        "reward_model": {"path": sft.hf, "learning_rate": 3e-3, "schedule": "linear"},
         "data": {"train": {"path": ground.folder / "pairs.jsonl"}},
         "validation": {"data": {"path": ground.folder / "held_out_pairs.jsonl"}, "every": 2},
         "train": {"steps": 30, "batch": 64, "micro_batch": 32, "packing": True},
