@@ -33,6 +33,7 @@ from rlhf.models.packing import check_packing
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rollout.decoder import is_lean
 from rlhf.rollout.generic import refuse_unsupported
+from rlhf.secrets import masked
 
 SHARDED = {
     0: "whole on every rank",
@@ -117,7 +118,7 @@ def describe(config: Config) -> str:
             f"  {name}: {role.path} ({architecture.model_type}, {parameters(architecture) / 1e6:.1f} M), {kind}, {role_dtype(role, on_gpu)}, "
             f"ZeRO-{stage}: {SHARDED[stage]}" + (f", learning rate {role.learning_rate:g}" if trained else "")
         )
-        lines.append(f"    DeepSpeed: {json.dumps(settings)}")
+        lines.append(f"    DeepSpeed: {json.dumps(masked(settings))}")
     if config.task == "rl":
         architecture = read_architecture(config.actor, "actor")
         way = "lean decoder" if is_lean(architecture) else "transformers' own forward on a paged cache"

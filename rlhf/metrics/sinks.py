@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import TrackingConfig
+from rlhf.secrets import scrub
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,8 @@ class _WandbTracker:
     def _init(self, wandb: Any, mode: str) -> Any:
         # Half of the timeout each, so that start and finish together end inside what close() waits.
         half = self._tracking.timeout / 2
-        settings = wandb.Settings(silent=True, console="off", init_timeout=half, finish_timeout=half)
+        # Of git the commit alone: the address of a remote may hold a token as its user, which wandb takes to be a name.
+        settings = wandb.Settings(silent=True, console="off", init_timeout=half, finish_timeout=half, git_remote="")
         run = wandb.init(
             mode=mode,
             project=self._tracking.project,
@@ -188,9 +190,7 @@ def _wandb_id(path: Path, resumed: bool) -> str:
 
 def _describe(error: Exception) -> str:
     """One line for the log, without the key should a message ever quote it."""
-    first = (str(error).splitlines() or [""])[0]
-    key = os.environ.get("WANDB_API_KEY")
-    return f"{type(error).__name__}: {first.replace(key, '***') if key else first}"
+    return f"{type(error).__name__}: {scrub((str(error).splitlines() or [''])[0])}"
 
 
 def _set_aside(path: Path) -> None:

@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
 from rlhf.checkpoint import Checkpoints, Export, Mark, Saved
-from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
+from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, shown, to_yaml
 from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.guards import Action, Guard
@@ -360,7 +359,7 @@ class Run:
             self.end_for_memory(error)
         if self.log.abandoned:
             if error is not None and not isinstance(error, SystemExit):
-                traceback.print_exception(kind, error, trace)
+                sys.excepthook(type(error), error, trace)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0 if error is None else error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
@@ -413,7 +412,7 @@ def start_run(
         write_budget(config.run_dir, 0, CHOSEN, taken)
     step = int(json.loads((resume_from / "trainer_state.json").read_text())["step"]) if resume_from else None
     console = Console(config.tracking.console, total_steps, world.is_main)
-    log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
+    log = MetricsLog(config.run_dir, config.tracking, shown(config), step, world.is_main)
 
     def on_phase(name: str) -> None:
         world.watchdog.enter(name, timer.step)
