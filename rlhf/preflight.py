@@ -6,7 +6,7 @@ import json
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from rlhf.budget import choose, open_choices, with_values
 from rlhf.config import (
@@ -27,7 +27,7 @@ from rlhf.memory import blank_model, device_capacity, host_capacity, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
-from rlhf.models.loading import read_architecture
+from rlhf.models.loading import read_architecture, read_tokenizer
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
 from rlhf.rewards.functions import FunctionReward
@@ -75,11 +75,11 @@ def _blank(name: str, role: ModelConfig, architecture: PretrainedConfig) -> nn.M
 def _check_tokenizers(config: Config) -> None:
     """Every role reads the actor's token ids: another vocabulary would score other words without an error."""
     assert config.actor.path is not None
-    vocabulary = AutoTokenizer.from_pretrained(config.actor.path, trust_remote_code=config.actor.trust_remote_code).get_vocab()
+    vocabulary = read_tokenizer(config.actor.path, config.actor.trust_remote_code).get_vocab()
     for name, role in roles(config):
         if role.path is None or role.path == config.actor.path or not (role.path / "tokenizer_config.json").is_file():
             continue
-        other = AutoTokenizer.from_pretrained(role.path, trust_remote_code=role.trust_remote_code).get_vocab()
+        other = read_tokenizer(role.path, role.trust_remote_code).get_vocab()
         if other != vocabulary:
             raise ValueError(
                 f"{name}: the tokenizer in {role.path} is not the actor's ({config.actor.path}): it would read the actor's token ids as other words; "

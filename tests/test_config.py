@@ -126,7 +126,7 @@ def test_shipped_recipes_are_valid(recipe_file: Path) -> None:
         (("  steps: 10", "  steps: 10\n  packing: false\n  micro_batch_tokens: auto"), r"micro_batch_tokens counts tokens of packed rows"),
         (("  group_size: 4", "  top_k: 5"), r"trap 18\): remove them; they belong in validation"),
         (("task: rl", "task: dpo"), r"recipe.yaml:1: `task`: .*'sft', 'reward_model' or 'rl' \(given: 'dpo'\)"),
-        (("task: rl", "task: [rl"), r"recipe.yaml: not valid YAML"),
+        (("task: rl", "task: [rl"), r"recipe.yaml:2, column 8: not valid YAML: expected"),
     ],
 )
 def test_mistakes_are_named_with_place_and_mend(recipe: Any, change: tuple[str, str], message: str) -> None:

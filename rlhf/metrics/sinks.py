@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import queue
+import re
 import threading
 import time
 import uuid
@@ -181,8 +182,8 @@ class _WandbTracker:
 
 
 def _wandb_id(path: Path, resumed: bool) -> str:
-    if resumed and path.exists():
-        return path.read_text(encoding="utf-8").strip()
+    if resumed and path.exists() and re.fullmatch(r"[0-9a-f]{12}", found := path.read_text(encoding="utf-8", errors="replace").strip()):
+        return found  # what is something else could lead out of the run folder
     identity = uuid.uuid4().hex[:12]
     path.write_text(identity + "\n", encoding="utf-8")
     return identity

@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import files
 from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
 from rlhf.checkpoint import Checkpoints, Export, Mark, Saved
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, shown, to_yaml
@@ -188,7 +188,7 @@ class Run:
 
         kept = None
         if self.resume_from is not None and self.state["part"] and self.state["step"] == step - 1:
-            kept = load_file(self.resume_from / "progress" / PROGRESS)
+            kept = files.read_tensors(self.resume_from / "progress" / PROGRESS)
         return Progress(boundary, kept, self.world)
 
     def judge(
@@ -410,7 +410,7 @@ def start_run(
     taken = {key: value for key in left if (value := value_of(config, key)) != "auto"}
     if taken and world.is_main and origin and origin.resolve() != config.run_dir.resolve():
         write_budget(config.run_dir, 0, CHOSEN, taken)
-    step = int(json.loads((resume_from / "trainer_state.json").read_text())["step"]) if resume_from else None
+    step = int(files.read_object(resume_from / "trainer_state.json")["step"]) if resume_from else None
     console = Console(config.tracking.console, total_steps, world.is_main)
     log = MetricsLog(config.run_dir, config.tracking, shown(config), step, world.is_main)
 
