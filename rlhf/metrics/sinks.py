@@ -206,7 +206,7 @@ def _drop_after(path: Path, resume_step: int) -> int:
     """Rewrite the file without lines after `resume_step` and without a line that a kill cut short. Returns the last step that is left."""
     kept = []
     last = -1
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             step = json.loads(line)["step"]
             if step <= resume_step:

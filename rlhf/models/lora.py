@@ -361,6 +361,7 @@ _HARMLESS = {
 
 def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
     """The reward model of `folder` (see `check_adapter`) on the body of `module`. ValueError if it does not fit or is more than plain LoRA."""
+    files.read_object(folder / ADAPTER_CONFIG)  # or it is refused
     given = PeftLoraConfig.from_pretrained(str(folder))
     targets = given.target_modules
     config = LoraConfig(r=given.r, alpha=given.lora_alpha, target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
