@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 HIDDEN = "***"
-_SECRET = {"apikey", "auth", "authorization", "bearer", "credential", "credentials", "passphrase", "passwd", "password", "passwords", "pwd"}
-_SECRET |= {"secret", "secrets"}
+_SECRET = {"apikey", "auth", "authorization", "bearer", "credential", "credentials", "passphrase", "passwd", "password"}
+_SECRET |= {"passwords", "secret", "secrets"}
 _TEXT = {"key", "keys", "token", "tokens"}  # secret where they are text: `per_token: 0.1` and `stop_tokens: [2]` are none
 _LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")  # of an address
 _SHORTEST = 8  # characters of a value that is looked for in messages: shorter ones are words of them by chance

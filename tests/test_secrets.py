@@ -57,7 +57,15 @@ def test_names_of_secrets(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("max_new_tokens", 512), ("per_token", 0.001), ("eos_token_ids", [1, 2]), ("use_key", True), ("password", None), ("keyboard", "qwerty")),
+        *(
+            ("max_new_tokens", 512),
+            ("per_token", 0.001),
+            ("eos_token_ids", [1, 2]),
+            ("use_key", True),
+            ("PWD", "/home/me"),
+            ("password", None),
+            ("keyboard", "qwerty"),
+        ),
         *(("tokenizer", "models/m"), ("monkey", "abc"), ("secretary", "Ann"), ("url", "https://example.com/a@b"), ("to", "ann@example.com")),
     ],
 )
@@ -71,7 +79,7 @@ def test_a_number_may_be_a_password_and_an_address_may_hold_a_login() -> None:
         "url": "https://***@host/x",
         "other": "http://***@host",
     }
-    assert sorted(map(str, secrets_in({"url": f"https://me:{SECRET}@host/x", "pwd": 1}))) == ["1", f"me:{SECRET}"]
+    assert sorted(map(str, secrets_in({"url": f"https://me:{SECRET}@host/x", "passwd": 1}))) == ["1", f"me:{SECRET}"]
 
 
 def test_no_key_of_ours_is_masked() -> None:

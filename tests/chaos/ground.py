@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +110,17 @@ def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
 
 
 class Job:
-    """`scripts/supervise.sh deepspeed train_rlhf.py`, with two ranks."""
+    """`scripts/supervise.sh deepspeed train_rlhf.py`, with two ranks. before: a command that runs it; env: further variables."""
 
-    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "") -> None:
+    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "", before: Sequence[str] = (), **env: str) -> None:
         self.run_dir, self.notes = run_dir, run_dir.with_name(f"{run_dir.name}-notes")
         self.notes.mkdir(exist_ok=True)
         self.log = run_dir.with_name(f"{run_dir.name}.log")
-        mine = {"PYTHONPATH": str(recipe.parent / "python"), "CHAOS_NOTES": str(self.notes), "CHAOS_AT": at, "CHAOS_KILL": kill, "PAUSE": "0"}
+        mine = {"PYTHONPATH": str(recipe.parent / "python"), "CHAOS_NOTES": str(self.notes), "CHAOS_AT": at, "CHAOS_KILL": kill, "PAUSE": "0", **env}
         supervisor = ["bash", str(ROOT / "scripts" / "supervise.sh")]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*supervisor, *command("deepspeed", ["--config", str(recipe), f"run_dir={run_dir}", *arguments])],
+                [*before, *supervisor, *command("deepspeed", ["--config", str(recipe), f"run_dir={run_dir}", *arguments])],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
