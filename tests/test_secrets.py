@@ -146,6 +146,7 @@ def test_a_secret_on_the_command_line_is_refused(tmp_path: Path, override: str) 
         ("task: rl", f"task: [{{api_key: {SECRET}}}]"),
         ("task: rl", f"task: https://u:{SECRET}@host"),
         ("rollout:\n", f"rollout: [{{api_key: {SECRET}}}]\nrollout_:\n"),
+        ("rollout:\n", f"rollout: [api_key, {SECRET}]\nrollout_:\n"),
     ],
 )
 def test_refusals_quote_none(tmp_path: Path, before: str, after: str) -> None:
