@@ -143,6 +143,13 @@ def test_pickles_in_the_place_of_a_models_files(models: Path, tmp_path: Path, ma
         everything(folder)
 
 
+@pytest.mark.parametrize("text", ['{"mean": 1}', '{"mean": "x", "std": 1}', '{"mean": [], "std": 1}', "[1, 2]"])
+def test_score_statistics_that_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "score_statistics.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "score_statistics.json"))):
+        score_statistics(tmp_path)
+
+
 def test_a_tokenizer_of_pickles_only(models: Path, tmp_path: Path, mark: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(models / "llama", folder)
