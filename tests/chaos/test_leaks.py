@@ -88,7 +88,7 @@ def prepare(folder: Path, steps: int, **changes: Any) -> tuple[Path, Planted, di
         steps,
         reward={"components": [{"function": "judge:judge", "name": EVIL, "arguments": arguments}]},
         data={"train": {"path": folder / "rows.jsonl", "name": f"{EVIL}\0{'x' * 300}"}},
-        validation={"data": [{"path": folder / f"{name}.jsonl", "name": name} for name in ("held_out", "other")], "verifier": "exact_match"},
+        validation={"data": [{"path": folder / f"{name}.jsonl"} for name in ("held_out", "other")], "verifier": "exact_match"},
         tracking={"wandb": "offline", "timeout": 20, "name": f"{EVIL}/canary"},
         checkpoint={"every": 1, "keep_last": 2, "save_hf": True},
         deepspeed={"zero_optimization": {"stage": 2}, "comet": {"enabled": False, "api_key": planted.secret("DeepSpeed's monitor")}},
@@ -150,7 +150,7 @@ def test_names_stay_in_the_run_folder(done: Done) -> None:
     new = [p for p in now if p not in done.before and not any(p.is_relative_to(place) for place in (*mine, home, compiled))]
     assert new == []
     assert not [p for p in (*home.rglob("*"), *done.run_dir.rglob("*"), *Path("/tmp").glob("evil*")) if "evil" in p.name]
-    assert any("evil" in key for key in metrics(done.run_dir)[-1])
+    assert {f"val-core/{EVIL}/acc/n", f"reward/{EVIL}/mean"} <= metrics(done.run_dir)[-1].keys()
 
 
 def test_no_network_is_needed(done: Done) -> None:
