@@ -162,6 +162,7 @@ def test_no_network_is_needed(done: Done) -> None:
     assert metrics(done.run_dir)[-1]["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_tracker_that_cannot_be_reached(tmp_path: Path) -> None:
     """It goes on offline, and ends in time."""
     recipe, planted, env = prepare(tmp_path, 1, critic={}, algorithm={"name": "grpo"}, rollout={"prompts": 4, "group_size": 2, "max_new_tokens": 4})
