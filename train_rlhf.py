@@ -13,8 +13,10 @@ import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 
-from rlhf.config import ROOT, Config, load_config
+from rlhf import secrets
+from rlhf.config import ROOT, Config, load_config, own_names
 from rlhf.requests import Requests, resumes
 
 
@@ -83,17 +85,31 @@ def refuse(error: ValueError) -> int:
     if rank > 0:
         time.sleep(5)  # rank 0 mostly finds the same mistake, and its exit lets the launcher end this rank
     sys.stdout.flush()
-    print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    print(f"error{f' (rank {rank})' if rank else ''}: {secrets.scrub(str(error))}", file=sys.stderr, flush=True)
     return 2
+
+
+class Scrubbing(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return secrets.scrub(super().format(record))
+
+
+def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In the place of `sys.excepthook`."""
+    print(secrets.scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Scrubbing("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = print_error
     try:
         config = load_config(arguments.config, arguments.overrides)
+        secrets.known.update(filter(lambda value: isinstance(value, str), secrets.secrets_in(config.model_dump(mode="json"), own_names())))
         if arguments.dry_run:
             from rlhf.preflight import describe
 

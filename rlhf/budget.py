@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf import files
 from rlhf.config import Config, ModelConfig, Recomputed, TrainedModelConfig
 from rlhf.memory import GIB, Held, held_by, largest_forward, longest_row, plan_of
 
@@ -96,8 +97,7 @@ def chosen_before(run_dir: Path) -> dict[str, Value]:
 
 def _kept(run_dir: Path) -> dict[str, Any]:
     file = run_dir / BUDGET
-    kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return kept
+    return files.read_object(file) if file.is_file() else {}
 
 
 def write_budget(run_dir: Path, rank: int, key: str, value: Any) -> None:

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf import files
@@ -38,6 +37,7 @@ from rlhf.requests import CONTROL
 from rlhf.state import Copy, PinnedCopies, TensorFile, copy_to_host
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
+EXPORTED = ("hf", "adapter")  # for others: nothing here reads them from a checkpoint
 _HASHERS = 8  # threads
 LAST_WORD_SECONDS = 60.0
 HOST_SHARE = 0.8  # of the free host memory that background saves may take
@@ -347,12 +347,12 @@ class Checkpoints:
 
     def load(self, folder: Path, engines: Mapping[str, Saved]) -> dict[str, Any]:
         """Restore engines and generators, give back the trainer's state. (collective)"""
-        state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
+        state: dict[str, Any] = files.read_object(folder / "trainer_state.json")
         for name, engine in engines.items():
             engine.load(folder / name)
         if state["world_size"] != self.world.size:  # the generators of other ranks: dropout goes on with those that this start has seeded
             return state
-        rng = load_file(folder / "rng" / f"rank-{self.world.rank}.safetensors")
+        rng = files.read_tensors(folder / "rng" / f"rank-{self.world.rank}.safetensors")
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
@@ -363,15 +363,20 @@ class Checkpoints:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of its manifest must have its size and SHA-256."""
+    """What is wrong with a checkpoint, or None: every file of its manifest must have its size and SHA-256, and nothing else in it is read."""
     try:
         text = (folder / "manifest.json").read_text()
         entries = json.loads(text)
         manifest = {name: Written(**entry) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"no readable manifest.json, so it is not a complete checkpoint ({type(error).__name__})"
     if _text(entries) != text or "trainer_state.json" not in manifest:
         return "manifest.json is damaged"
+    if outside := next((name for name in manifest if Path(name).is_absolute() or ".." in Path(name).parts), None):
+        return f"manifest.json names {outside!r}, which is not in the folder"
+    read = {str(p.relative_to(folder)) for p in folder.glob("*/*.safetensors") if p.parent.name not in EXPORTED}
+    if strange := sorted(read - manifest.keys()):
+        return f"{strange[0]} is not in its manifest"
 
     def wrong(name: str) -> str | None:
         file, entry = folder / name, manifest[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf.secrets import HIDDEN, masked, secrets_in
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -585,6 +588,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree, lines = _read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections, e.g. `task: rl`")
+    if HIDDEN in secrets_in(tree, own_names()):
+        raise ValueError(f"{path}: holds {HIDDEN}, which is what a run folder's config.yaml has in the place of a secret; give its value")
     for override in overrides or []:
         _apply_override(tree, override)
         lines[override.split("=", 1)[0]] = -1
@@ -629,7 +634,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node.get(part), dict | list):
             node[part] = {}
         node = node[part]
-    parsed, _ = _read_yaml(value, f"override {key}")
+    parsed, _ = _read_yaml(value, f"override {key}") if value else (None, {})
+    branch = parsed
+    for part in reversed(key.split(".")):
+        branch = {part: branch}
+    if secrets_in(branch, own_names()):
+        raise ValueError(
+            f"override {key}: command lines are in logs of launchers and in lists of processes, so no secret may be there: put it into an "
+            "environment variable, which reward functions inherit, or into the recipe"
+        )
     if isinstance(node, list):
         node[_index(node, last, key)] = parsed
     else:
@@ -646,8 +659,10 @@ def _read_yaml(text: str, origin: str) -> tuple[Any, dict[str, int]]:
     """(what it holds, dotted key -> line). ValueError for what is no YAML, and for a key that stands twice: the last one would win without a word."""
     try:
         return yaml.safe_load(text), _line_numbers(yaml.compose(text), origin)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{origin}: not valid YAML: {error}") from None
+    except yaml.YAMLError as error:  # its own message quotes the line, which may hold a secret
+        mark = getattr(error, "problem_mark", None)
+        place = f"{origin}:{mark.line + 1}, column {mark.column + 1}" if mark else origin
+        raise ValueError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or 'characters that it does not allow'}") from None
 
 
 def _line_numbers(node: yaml.Node | None, origin: str, prefix: str = "") -> dict[str, int]:
@@ -690,7 +705,8 @@ def _explain(error: Any, origin: str, lines: dict[str, int]) -> str:
     if error["type"] == "missing":
         return f"{where}: `{key}` is missing; add it"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], dict | BaseModel) or not key else f" (given: {error['input']!r})"
+    hidden = not key or isinstance(error["input"], dict | list | BaseModel) or location[-1] == "arguments"  # there may be secrets in it
+    given = "" if hidden else f" (given: {masked(error['input'])!r})"
     return f"{where}: {f'`{key}`: ' if key else ''}{message}{given}"
 
 
@@ -713,6 +729,12 @@ def flat_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
         for section in _sections_of(field.annotation):
             keys.extend(flat_keys(section, f"{prefix}{name}."))
     return keys
+
+
+@functools.cache
+def own_names() -> frozenset[str]:
+    """What keys of the tree are called, none of which is a secret: `prompt_key` is a column."""
+    return frozenset(name.rsplit(".", 1)[-1] for name in flat_keys(Config))
 
 
 def _sections_of(annotation: Any) -> list[type[BaseModel]]:
@@ -957,6 +979,12 @@ def _resolve_auto(tree: dict[str, Any], origin: str, prefix: str = "") -> None:
             _resolve_auto(tree[key], origin, f"{prefix}{key}.")
 
 
+def shown(config: Config) -> dict[str, Any]:
+    """The resolved config as it may be written and printed: secrets are `***`."""
+    tree: dict[str, Any] = masked(config.model_dump(mode="json"), own_names())
+    return tree
+
+
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    """The same as YAML, which `load_config` reads back if there is no secret in it."""
+    return yaml.safe_dump(shown(config), sort_keys=False, width=120)

@@ -1,7 +1,9 @@
-"""The operations on files that a checkpoint is made of.
+"""The operations on files that a checkpoint is made of, and readers of files that somebody else may have made.
 
 Each passes through `before` first, where a test can fail it or kill the process; writing passes once for every CHUNK bytes, so that files can be
 cut short too. What has returned is on disk, but for names: those are once `sync_folder` of their folder has returned.
+
+Readers take safetensors and JSON, in which nothing can be run, and say by a ValueError which file is neither.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CHUNK = 64 << 20  # bytes
@@ -100,6 +103,29 @@ def adopt(path: Path) -> Written:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return Written(path.stat().st_size, digest_of(path))
+
+
+def open_tensors(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not readable as safetensors: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: holds {type(read).__name__} instead of a JSON object")
+    return read
 
 
 def digest_of(path: Path) -> str:

@@ -6,7 +6,7 @@ import json
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from rlhf.budget import choose, open_choices, with_values
 from rlhf.config import (
@@ -28,12 +28,13 @@ from rlhf.memory import blank_model, device_capacity, host_capacity, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
-from rlhf.models.loading import load_tokenizer, read_architecture
+from rlhf.models.loading import load_tokenizer, read_architecture, read_tokenizer
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rollout.decoder import is_lean
 from rlhf.rollout.generic import refuse_unsupported
+from rlhf.secrets import masked
 
 SHARDED = {
     0: "whole on every rank",
@@ -94,11 +95,11 @@ def _blank(name: str, role: ModelConfig, architecture: PretrainedConfig) -> nn.M
 def _check_tokenizers(config: Config) -> None:
     """Every role reads the actor's token ids: another vocabulary would score other words without an error."""
     assert config.actor.path is not None
-    vocabulary = AutoTokenizer.from_pretrained(config.actor.path, trust_remote_code=config.actor.trust_remote_code).get_vocab()
+    vocabulary = read_tokenizer(config.actor.path, config.actor.trust_remote_code).get_vocab()
     for name, role in roles(config):
         if role.path is None or role.path == config.actor.path or not (role.path / "tokenizer_config.json").is_file():
             continue
-        other = AutoTokenizer.from_pretrained(role.path, trust_remote_code=role.trust_remote_code).get_vocab()
+        other = read_tokenizer(role.path, role.trust_remote_code).get_vocab()
         if other != vocabulary:
             raise ValueError(
                 f"{name}: the tokenizer in {role.path} is not the actor's ({config.actor.path}): it would read the actor's token ids as other words; "
@@ -138,7 +139,7 @@ def describe(config: Config) -> str:
             f"  {name}: {role.path} ({architecture.model_type}, {parameters(architecture) / 1e6:.1f} M), {kind}, {role_dtype(role, on_gpu)}, "
             f"ZeRO-{stage}: {SHARDED[stage]}" + (f", learning rate {role.learning_rate:g}" if trained else "")
         )
-        lines.append(f"    DeepSpeed: {json.dumps(settings)}")
+        lines.append(f"    DeepSpeed: {json.dumps(masked(settings))}")
     if config.task == "rl":
         architecture = read_architecture(config.actor, "actor")
         way = "lean decoder" if is_lean(architecture) else "transformers' own forward on a paged cache"

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from rlhf.config import own_names
 from rlhf.distributed import World
+from rlhf.secrets import masked
 
 SLOW = 1.5  # times as long as the median of the other ranks
 SLOW_STEPS = 3  # in a row, until it is said
@@ -90,7 +92,7 @@ class Pace:
 
 
 def config_items(config: BaseModel) -> dict[str, Any]:
-    """Every key of a config with its value, but for paths, which may be others on another node."""
+    """Every key of a config with its value, but for paths, which may be others on another node; secrets are `***`."""
     found: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
@@ -103,7 +105,7 @@ def config_items(config: BaseModel) -> dict[str, Any]:
         elif not isinstance(value, Path):
             found[key] = value
 
-    walk(config.model_dump(), "config")
+    walk(masked(config.model_dump(), own_names()), "config")
     return found
 
 

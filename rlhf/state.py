@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from rlhf.files import open_tensors
 
 WEIGHT = "weight"
 FILE_BYTES = 1 << 30  # of one file, so that no more is copied to the host at once
@@ -250,15 +251,18 @@ class Files:
         if not paths:
             raise ValueError(f"{self._folder}: there is no rank-*.safetensors, so it is no state that a checkpoint keeps")
         for path in paths:
-            file = safe_open(path, "pt")
+            file = open_tensors(path)
             file.__enter__()
             self._open.append(file)
-            found = json.loads(file.metadata()["state"])
-            for name, (start, count, shape) in found["parts"].items():
-                self._ranges.setdefault(name, []).append((start, count, file))
-                self.shapes[name] = shape
-            self.scalars |= found["scalars"]
-            self.facts = found["facts"]
+            try:
+                found = json.loads(file.metadata()["state"])
+                for name, (start, count, shape) in found["parts"].items():
+                    self._ranges.setdefault(name, []).append((start, count, file))
+                    self.shapes[name] = shape
+                self.scalars |= found["scalars"]
+                self.facts = found["facts"]
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+                raise ValueError(f"{path}: no state that a checkpoint keeps") from None
             self.kinds = self.kinds or sorted({key.split("/", 1)[0] for key in file.keys()})  # noqa: SIM118
         return self
 

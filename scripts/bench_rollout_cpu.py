@@ -47,7 +47,7 @@ class EndsAt(StoppingCriteria):
 
 def with_transformers(folder: Path, ids: list[list[int]], pad: int) -> Callable[[list[int]], list[int]]:
     """lengths -> tokens that each row got."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True).eval()
     width = max(map(len, ids))
     inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])

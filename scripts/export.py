@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -73,6 +72,7 @@ def export(a: argparse.Namespace) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    from rlhf import files
     from rlhf.checkpoint import damage
 
     checkpoint = a.checkpoint.resolve()  # `latest` is a link that may move
@@ -80,7 +80,7 @@ def export(a: argparse.Namespace) -> None:
         raise ValueError(f"{a.out}: is there already; name a folder that is not")
     if problem := damage(checkpoint):
         raise ValueError(f"{checkpoint}: {problem}; name another checkpoint")
-    config = read_recipe(checkpoint, json.loads((checkpoint / "trainer_state.json").read_text()))
+    config = read_recipe(checkpoint, files.read_object(checkpoint / "trainer_state.json"))
     name, role = role_of(a, checkpoint, config)
     temporary = a.out.with_name(f".{a.out.name}.{os.getpid()}")
     try:

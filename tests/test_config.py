@@ -126,7 +126,7 @@ def test_shipped_recipes_are_valid(recipe_file: Path) -> None:
         (("  steps: 10", "  steps: 10\n  packing: false\n  micro_batch_tokens: auto"), r"micro_batch_tokens counts tokens of packed rows"),
         (("  group_size: 4", "  top_k: 5"), r"trap 18\): remove them; they belong in validation"),
         (("task: rl", "task: dpo"), r"recipe.yaml:1: `task`: .*'sft', 'reward_model' or 'rl' \(given: 'dpo'\)"),
-        (("task: rl", "task: [rl"), r"recipe.yaml: not valid YAML"),
+        (("task: rl", "task: [rl"), r"recipe.yaml:2, column 8: not valid YAML: expected"),
         (("  group_size: 4", "  group_size: 4\n  group_size: 8"), r"recipe.yaml:16: `rollout.group_size` stands twice, first in line 15; keep one"),
         (("train:\n  steps: 10", "actor:\n  path: models/n"), r"recipe.yaml:16: `actor` stands twice, first in line 3; keep one"),
     ],

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The table of docs/architecture.md; the longest matching name counts.
 LAYERS = {
     "rlhf.config": 0,
+    "rlhf.secrets": 0,
     "rlhf.types": 1,
     "rlhf.ops": 1,
     "rlhf.batching": 1,

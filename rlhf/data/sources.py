@@ -163,6 +163,8 @@ def _read_saved(path: Path) -> Iterator[Located]:
         dataset = datasets.load_from_disk(str(path))
     except FileNotFoundError:
         raise ValueError(f"data source path={path}: the folder was not written by datasets.save_to_disk; name a file inside it") from None
+    except Exception as error:  # files of the folder that are not what they should be
+        raise ValueError(f"data source path={path}: cannot be read: {type(error).__name__}: {error}") from None
     if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(f"data source path={path}: holds the splits {', '.join(dataset)}; name one, e.g. {path / next(iter(dataset))}")
     for number, row in enumerate(dataset, 1):

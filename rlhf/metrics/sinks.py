@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import queue
+import re
 import threading
 import time
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import TrackingConfig
+from rlhf.secrets import scrub
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +163,8 @@ class _WandbTracker:
     def _init(self, wandb: Any, mode: str) -> Any:
         # Half of the timeout each, so that start and finish together end inside what close() waits.
         half = self._tracking.timeout / 2
-        settings = wandb.Settings(silent=True, console="off", init_timeout=half, finish_timeout=half)
+        # Of git the commit alone: the address of a remote may hold a token as its user, which wandb takes to be a name.
+        settings = wandb.Settings(silent=True, console="off", init_timeout=half, finish_timeout=half, git_remote="")
         run = wandb.init(
             mode=mode,
             project=self._tracking.project,
@@ -179,8 +182,8 @@ class _WandbTracker:
 
 
 def _wandb_id(path: Path, resumed: bool) -> str:
-    if resumed and path.exists():
-        return path.read_text(encoding="utf-8").strip()
+    if resumed and path.exists() and re.fullmatch(r"[0-9a-f]{12}", found := path.read_text(encoding="utf-8", errors="replace").strip()):
+        return found  # what is something else could lead out of the run folder
     identity = uuid.uuid4().hex[:12]
     path.write_text(identity + "\n", encoding="utf-8")
     return identity
@@ -188,9 +191,7 @@ def _wandb_id(path: Path, resumed: bool) -> str:
 
 def _describe(error: Exception) -> str:
     """One line for the log, without the key should a message ever quote it."""
-    first = (str(error).splitlines() or [""])[0]
-    key = os.environ.get("WANDB_API_KEY")
-    return f"{type(error).__name__}: {first.replace(key, '***') if key else first}"
+    return f"{type(error).__name__}: {scrub((str(error).splitlines() or [''])[0])}"
 
 
 def _set_aside(path: Path) -> None:
@@ -205,7 +206,7 @@ def _drop_after(path: Path, resume_step: int) -> int:
     """Rewrite the file without lines after `resume_step` and without a line that a kill cut short. Returns the last step that is left."""
     kept = []
     last = -1
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             step = json.loads(line)["step"]
             if step <= resume_step:

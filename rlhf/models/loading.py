@@ -6,16 +6,15 @@ file and each rank keeps its own part. A position-weighted checksum of what arri
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from rlhf import files
 from rlhf.config import ModelConfig, role_dtype
 from rlhf.distributed import World
 from rlhf.models.fused import fuse
@@ -55,7 +54,10 @@ def read_architecture(config: ModelConfig, key: str) -> PretrainedConfig:
     if not list(path.glob("*.safetensors")):
         mend = "convert it: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out)" if list(path.glob("*.bin")) else "add them"
         raise ValueError(f"{key}.path={path}: no *.safetensors in it; {mend}")
-    architecture: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    try:
+        architecture: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # of many kinds; also for code in the folder that is not trusted
+        raise ValueError(f"{key}.path={path}: config.json is refused: {error}") from error
     if getattr(architecture, "is_encoder_decoder", False):
         raise ValueError(f"{key}.path={path}: {architecture.model_type} is an encoder-decoder; only causal language models can be trained")
     if getattr(architecture, "quantization_config", None):
@@ -71,8 +73,16 @@ def without_dropout(architecture: PretrainedConfig) -> PretrainedConfig:
     return architecture
 
 
+def read_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{path}: no readable tokenizer: {error}") from error
+    return tokenizer
+
+
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(path, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no eos_token: responses could never end; set it in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -84,7 +94,7 @@ def eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase, extra: list[in
     """All tokens that end a response: tokenizer, every id of generation_config.json, and the recipe's (trap 3)."""
     ids = {int(tokenizer.eos_token_id), *extra}  # type: ignore[arg-type]
     if (path / "generation_config.json").is_file():
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
+        listed = GenerationConfig.from_dict(files.read_object(path / "generation_config.json")).eos_token_id
         ids.update([listed] if isinstance(listed, int) else listed or [])
     return sorted(ids)
 
@@ -149,15 +159,18 @@ def score_statistics(path: Path) -> tuple[float, float]:
     file = path / SCORE_STATISTICS
     if not file.is_file():
         return 0.0, 1.0
-    read = json.loads(file.read_text())
-    return float(read["mean"]), float(read["std"])
+    read = files.read_object(file)
+    try:
+        return float(read["mean"]), float(read["std"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{file}: `mean` and `std` must be numbers") from None
 
 
 def tensor_names(path: Path) -> dict[str, Path]:
     """Tensor name -> file, over all safetensors files of a folder."""
     names: dict[str, Path] = {}
     for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as handle:
+        with files.open_tensors(file) as handle:
             names.update(dict.fromkeys(handle.keys(), file))
     return names
 
@@ -165,18 +178,18 @@ def tensor_names(path: Path) -> dict[str, Path]:
 def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: World, optional: tuple[str, ...]) -> set[str]:
     """Write every parameter and buffer of the files into the module; returns the names that were found."""
     assert config.path is not None
-    files = tensor_names(config.path)
+    places = tensor_names(config.path)
     parameters = dict(module.named_parameters())  # tied ones once
     aliases = dict(module.named_parameters(remove_duplicate=False))
     prefix = getattr(module, "base_model_prefix", "") or getattr(module, "body_name", "")
-    keys = {name: file_key(name, [n for n, p in aliases.items() if p is parameters[name]], files, prefix) for name in parameters}
+    keys = {name: file_key(name, [n for n, p in aliases.items() if p is parameters[name]], places, prefix) for name in parameters}
     missing = [name for name, key in keys.items() if key is None and name not in optional]
     used = {key for key in keys.values() if key}
     ignored = ("lm_head.", "score.", "embed_out.") if hasattr(module, "body_name") else ("score.",)
     tied = {k for k in aliases if k not in parameters}
     left = [
         k
-        for k in files
+        for k in places
         if k not in used and not k.startswith(ignored) and k not in tied and not k.endswith((".inv_freq", ".masked_bias", ".attn.bias"))
     ]
     if missing or left:
@@ -185,13 +198,13 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
             "Architectures whose checkpoints transformers converts on loading (mixtures of experts, for one) are not supported"
         )
     arrived, expected = torch.zeros(len(parameters), dtype=torch.int64), torch.zeros(len(parameters), dtype=torch.int64)
-    handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
+    handles = {file: files.open_tensors(file) for file in set(places.values())}
     for i, (name, parameter) in enumerate(parameters.items()):
         key = keys[name]
         if key is None:
             continue
         world.beat()
-        whole = handles[files[key]].get_tensor(key).to(parameter.dtype)
+        whole = handles[places[key]].get_tensor(key).to(parameter.dtype)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if tuple(whole.shape) != shape:
             raise ValueError(f"{config.path}: {key} has shape {tuple(whole.shape)}, the model needs {shape}")

@@ -7,7 +7,6 @@ ever has to be switched for another, and each role computes bit for bit as on a 
 from __future__ import annotations
 
 import functools
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,11 +19,10 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rlhf import files
 from rlhf.config import LoraConfig
 from rlhf.models.fused import gated_mlp, is_gated_mlp
 from rlhf.models.heads import ScalarModel
@@ -343,13 +341,13 @@ def check_adapter(folder: Path | None, base: Path, key: str) -> None:
 
     if folder is None or not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
         raise refusal(f"no adapter ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}) in it")
-    given = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    given = files.read_object(folder / ADAPTER_CONFIG)
     origin = given.get("base_model_name_or_path")
     if given.get("peft_type") != "LORA" or origin is None:
         raise refusal(f"an adapter of type {given.get('peft_type')} on the base {origin}")
     if Path(origin).resolve() != base.resolve():
         raise refusal(f"trained on the base {origin}, but the actor's is {base.resolve()}: on other weights it would score something else")
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+    with files.open_tensors(folder / ADAPTER_WEIGHTS) as file:
         if SCORE not in file.keys():  # noqa: SIM118 (not a mapping)
             raise refusal("an adapter without a scalar head")
 
@@ -363,6 +361,7 @@ _HARMLESS = {
 
 def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
     """The reward model of `folder` (see `check_adapter`) on the body of `module`. ValueError if it does not fit or is more than plain LoRA."""
+    files.read_object(folder / ADAPTER_CONFIG)  # or it is refused
     given = PeftLoraConfig.from_pretrained(str(folder))
     targets = given.target_modules
     config = LoraConfig(r=given.r, alpha=given.lora_alpha, target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
@@ -371,7 +370,7 @@ def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
     odd = [f"{name}={value}" for name, value in theirs.items() if name not in _HARMLESS and value != ours.get(name)]
     if odd:
         raise ValueError(f"{folder}: adapters with {', '.join(odd)} are not supported")
-    parameters, tensors = adapter_parameters(wrapped), load_file(folder / ADAPTER_WEIGHTS)
+    parameters, tensors = adapter_parameters(wrapped), files.read_tensors(folder / ADAPTER_WEIGHTS)
     if wrong := {(n, p.shape) for n, p in parameters.items()} ^ {(n, t.shape) for n, t in tensors.items()}:
         raise ValueError(f"{folder}: the adapters do not fit the base: {sorted(name for name, _ in wrong)[:3]}")
     with torch.no_grad():

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlhf.config import ModelConfig
+from rlhf.files import open_tensors
 from rlhf.models.loading import eos_token_ids, file_key, read_architecture, tensor_names, without_dropout
 from rlhf.rollout.decoder import Decoder, LeanDecoder, is_lean, lean_layout
 from rlhf.rollout.generic import GenericDecoder, refuse_unsupported
@@ -125,7 +125,7 @@ class HybridEngine:
         missing = sorted(name for name, key in keys.items() if key is None)
         if missing:
             raise ValueError(f"{folder}: the weights lack {missing[:3]}")
-        handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
+        handles = {file: open_tensors(file) for file in set(files.values())}
         engine.load_weights((name, handles[files[key]].get_tensor(key)) for name, key in keys.items() if key is not None)
         return engine
 

@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +22,13 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import files
 from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
 from rlhf.checkpoint import Checkpoints, Export, Exporter, Mark
-from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, to_yaml
+from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, shown, to_yaml
 from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.files import Written
@@ -213,7 +212,7 @@ class Run:
 
         kept = None
         if self.resume_from is not None and self.state["part"] and self.state["step"] == step - 1:
-            kept = load_file(self.resume_from / "progress" / PROGRESS)
+            kept = files.read_tensors(self.resume_from / "progress" / PROGRESS)
         return Progress(boundary, kept, self.world)
 
     def judge(
@@ -391,7 +390,7 @@ class Run:
             self.end_for_memory(error)
         if self.log.abandoned:
             if error is not None and not isinstance(error, SystemExit):
-                traceback.print_exception(kind, error, trace)
+                sys.excepthook(type(error), error, trace)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0 if error is None else error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
@@ -441,7 +440,7 @@ def start_run(
         (config.run_dir / "samples").mkdir(parents=True, exist_ok=True)
     world.barrier()
     resume_from, remarks = checkpoints.find(resume)
-    before = json.loads((resume_from / "trainer_state.json").read_text()) if resume_from else {}
+    before = files.read_object(resume_from / "trainer_state.json") if resume_from else {}
     if config.data.on_change == "error" and before.get("data", data) != data:
         raise ValueError(
             f"data.train: {data['rows']} rows, and not those that {resume_from} was trained on ({before['data']['rows']}): it would go on in others. "
@@ -457,7 +456,7 @@ def start_run(
         write_budget(config.run_dir, 0, CHOSEN, taken)
     step = int(before["step"]) if resume_from else None
     console = Console(config.tracking.console, total_steps, world.is_main)
-    log = MetricsLog(config.run_dir, config.tracking, config.model_dump(mode="json"), step, world.is_main)
+    log = MetricsLog(config.run_dir, config.tracking, shown(config), step, world.is_main)
 
     def on_phase(name: str) -> None:
         world.watchdog.enter(name, timer.step)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,13 @@ if rank is not None:
     arrive("start-0")
 
 
-def letters(completions, **columns):
-    return [sum(c < "n" for c in text) / 6 for text in completions]
+def odd(completions, completion_ids, **columns):
+    return [sum(i % 2 for i in ids) / 6 for ids in completion_ids]  # random models of any vocabulary have some
 '''
 
 
 def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
-    """The recipe: PPO on two ranks with a checkpoint after every step."""
+    """The recipe: PPO with a checkpoint after every step. changes: None takes a section away."""
     make_model(folder / "base")
     write_jsonl(folder / "rows.jsonl", reversal_rows(200))
     write_jsonl(folder / "held_out.jsonl", reversal_rows(40, seed=1))
@@ -102,7 +103,7 @@ def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
         "actor": {"path": folder / "base", "learning_rate": 2e-3},
         "critic": {"init": "actor", "learning_rate": 2e-3},
         "data": {"train": {"path": folder / "rows.jsonl"}},
-        "reward": {"components": [{"function": "chaos_hook:letters"}]},
+        "reward": {"components": [{"function": "chaos_hook:odd"}]},
         "rollout": {"prompts": 16, "group_size": 1, "max_new_tokens": 6},
         "algorithm": {"name": "ppo", "kl": {"coef": 0.01, "controller": "adaptive", "target": 1.0, "horizon": 1000}, "minibatches": 2},
         "validation": {"data": {"path": folder / "held_out.jsonl", "size": 8}, "verifier": "exact_match", "every": 1},
@@ -110,21 +111,23 @@ def make_ground(folder: Path, steps: int = 4, **changes: Any) -> Path:
         "checkpoint": {"every": 1, "keep_last": 2, "save_hf": False},
         **changes,
     }
-    return write_recipe(folder / "recipe.yaml", recipe)
+    return write_recipe(folder / "recipe.yaml", {name: section for name, section in recipe.items() if section is not None})
 
 
 class Job:
-    """`scripts/supervise.sh deepspeed train_rlhf.py`."""
+    """`scripts/supervise.sh deepspeed train_rlhf.py`. before: a command that runs it; env: further variables."""
 
-    def __init__(self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "", ranks: int = 2) -> None:
+    def __init__(
+        self, recipe: Path, run_dir: Path, *arguments: str, at: str = "", kill: str = "", ranks: int = 2, before: Sequence[str] = (), **env: str
+    ) -> None:
         self.run_dir, self.notes = run_dir, run_dir.with_name(f"{run_dir.name}-notes")
         self.notes.mkdir(exist_ok=True)
         self.log = run_dir.with_name(f"{run_dir.name}.log")
-        mine = {"PYTHONPATH": str(recipe.parent / "python"), "CHAOS_NOTES": str(self.notes), "CHAOS_AT": at, "CHAOS_KILL": kill, "PAUSE": "0"}
+        mine = {"PYTHONPATH": str(recipe.parent / "python"), "CHAOS_NOTES": str(self.notes), "CHAOS_AT": at, "CHAOS_KILL": kill, "PAUSE": "0", **env}
         supervisor = ["bash", str(ROOT / "scripts" / "supervise.sh")]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*supervisor, *command("deepspeed", ["--config", str(recipe), f"run_dir={run_dir}", *arguments], ranks)],
+                [*before, *supervisor, *command("deepspeed", ["--config", str(recipe), f"run_dir={run_dir}", *arguments], ranks)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -47,7 +47,7 @@ def expected(recipe: Path) -> str:
 
 
 def test_killed_four_times(recipe: Path, expected: str) -> None:
-    found = disturbed(recipe, recipe.parent / "killed", KILLS, expected)
+    found = disturbed(recipe, recipe.parent / "killed", KILLS, lambda: expected)
     assert found["hit"] and found["same"], found
 
 

@@ -13,11 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,15 +140,35 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-class Program:
-    """`train_rlhf.py` under a launcher; all its processes end with it."""
+_LOOPBACK_ONLY = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as s:  # ip link set lo up
+    fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", 0x49))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
-    def __init__(self, recipe: Path, *arguments: str, launcher: str = "deepspeed", env: dict[str, str] | None = None) -> None:
+
+def without_network() -> list[str]:
+    """What a command is put behind to run where there is no network but loopback. Skips the test where the system does not allow that."""
+    before = ["unshare", "--net" if os.getuid() == 0 else "--map-root-user", "--net", sys.executable, "-c", _LOOPBACK_ONLY]
+    try:
+        subprocess.run([*before, "true"], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"no network namespaces here: {error}: {getattr(error, 'stderr', b'').decode()}")
+    return before
+
+
+class Program:
+    """`train_rlhf.py` under a launcher; all its processes end with it. before: a command that runs it."""
+
+    def __init__(
+        self, recipe: Path, *arguments: str, launcher: str = "deepspeed", env: dict[str, str] | None = None, before: Sequence[str] = ()
+    ) -> None:
         self.log = recipe.with_name(f"{recipe.stem}-{launcher}-{time.monotonic_ns()}.log")
         self.started = time.monotonic()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command(launcher, ["--config", str(recipe), *arguments]),
+                [*before, *command(launcher, ["--config", str(recipe), *arguments])],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -188,8 +210,8 @@ def _signal(process: psutil.Process, number: int) -> None:
         process.send_signal(number)
 
 
-def run(recipe: Path, *arguments: str, launcher: str = "deepspeed", env: dict[str, str] | None = None, timeout: float = 110) -> Outcome:
-    return Program(recipe, *arguments, launcher=launcher, env=env).wait(timeout)
+def run(recipe: Path, *arguments: str, timeout: float = 110, **options: Any) -> Outcome:
+    return Program(recipe, *arguments, **options).wait(timeout)
 
 
 def succeed(recipe: Path, *arguments: str, **options: Any) -> Outcome:
