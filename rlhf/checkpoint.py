@@ -14,6 +14,7 @@ under another name from the first moment. So whatever moment a kill or a failing
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -40,6 +41,7 @@ _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 EXPORTED = ("hf", "adapter")  # for others: nothing here reads them from a checkpoint
 _HASHERS = 8  # threads
 LAST_WORD_SECONDS = 60.0
+MANIFEST = "manifest.json"
 HOST_SHARE = 0.8  # of the free host memory that background saves may take
 
 
@@ -236,7 +238,7 @@ class Checkpoints:
         found = {str(p.relative_to(temporary)): p for p in temporary.rglob("*") if p.is_file()}
         for name in found.keys() - manifest.keys():  # exported
             manifest[name] = asdict(files.adopt(found[name]))
-        files.write_text(temporary / "manifest.json", _text(manifest))
+        files.write_text(temporary / MANIFEST, _manifest(manifest))
         for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
             files.sync_folder(folder)
         files.sync_folder(temporary)
@@ -367,10 +369,11 @@ def damage(folder: Path) -> str | None:
     try:
         text = (folder / "manifest.json").read_text()
         entries = json.loads(text)
+        own = entries.pop(MANIFEST, None)
         manifest = {name: Written(**entry) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"no readable manifest.json, so it is not a complete checkpoint ({type(error).__name__})"
-    if _text(entries) != text or "trainer_state.json" not in manifest:
+    if text != (_manifest(entries) if own else _text(entries)) or "trainer_state.json" not in manifest:  # those of before 2026-11-29 have no entry
         return "manifest.json is damaged"
     if outside := next((name for name in manifest if Path(name).is_absolute() or ".." in Path(name).parts), None):
         return f"manifest.json names {outside!r}, which is not in the folder"
@@ -392,8 +395,14 @@ def damage(folder: Path) -> str | None:
         return next((problem for problem in pool.map(wrong, manifest) if problem), None)
 
 
-def _text(manifest: Mapping[str, Any]) -> str:
-    return json.dumps(dict(sorted(manifest.items())), indent=1) + "\n"
+def _manifest(entries: Mapping[str, Any]) -> str:
+    """Its text, with an entry for itself: of the other entries, so that what is damaged in them is not taken for a damaged file."""
+    others = _text(entries).encode()
+    return _text({**entries, MANIFEST: asdict(Written(len(others), hashlib.sha256(others).hexdigest()))})
+
+
+def _text(entries: Mapping[str, Any]) -> str:
+    return json.dumps(dict(sorted(entries.items())), indent=1) + "\n"
 
 
 def _rng_state() -> dict[str, Tensor]:

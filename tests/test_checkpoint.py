@@ -287,7 +287,8 @@ def test_every_file_spoilt_in_turn_is_named_and_the_one_before_used(tmp_path: Pa
         spoil(run_dir / victim)
         found, remarks = Checkpoints(run_dir, single_world(), keep_last=2).find("auto")
         assert found == run_dir / "checkpoints" / "checkpoint-1"
-        named = "manifest" if victim.name == "manifest.json" else str(victim.relative_to("checkpoints/checkpoint-2"))
+        # What is spoilt of the manifest may be the first letter of its entry for itself.
+        named = "nifest.json" if victim.name == "manifest.json" else str(victim.relative_to("checkpoints/checkpoint-2"))
         assert named in remarks[0] and "damaged-checkpoint-2" in remarks[0]
         assert (run_dir / "checkpoints" / "damaged-checkpoint-2").is_dir(), "what is left is kept"
         assert (run_dir / "checkpoints" / "latest").resolve() == found

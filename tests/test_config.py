@@ -188,7 +188,7 @@ def test_overrides_reach_into_lists(recipe: Any) -> None:
         ("actor.learning_rate", r"override 'actor.learning_rate': write key.sub=value"),
         ("=3", r"override '=3': write key.sub=value"),
         ("actor.lr=3", r"command line: unknown key `actor.lr`"),
-        ("actor.betas=[0.9", r"override actor.betas: not valid YAML"),
+        ("actor.betas=[0.9", r"override actor.betas:1, column 5: not valid YAML"),
         ("actor.lora={r: 4, r: 8}", r"override actor.lora:1: `r` stands twice"),
         ("actor.learning_rate=-1", r"command line: `actor.learning_rate`: .*greater than or equal to 0 \(given: -1\)"),
     ],

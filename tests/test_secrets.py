@@ -105,8 +105,10 @@ def test_written_masked_and_used_whole(tmp_path: Path) -> None:
 def test_a_dry_run_shows_none(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_judge.py").write_text("def judge(completions, api_key, **columns): return [0.0] * len(completions)")
     monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     config: Config = rl_config(
         models,
+        data={"train": [{"path": tmp_path / "rows.jsonl"}]},
         deepspeed={"zero_optimization": {"stage": 1}, "comet": {"enabled": False, "api_key": SECRET}},
         reward={"components": [{"function": "my_judge:judge", "arguments": {"api_key": SECRET}}]},
     )

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from rlhf import files
 from rlhf.budget import BUDGET, read_budget
-from rlhf.checkpoint import Checkpoints, damage
+from rlhf.checkpoint import Checkpoints, _manifest, damage
 from rlhf.config import LoraConfig, ModelConfig, SourceConfig, TrackingConfig
 from rlhf.data.chat import encode_prompt
 from rlhf.data.rows import RowProblem
@@ -37,7 +37,7 @@ from rlhf.models.lora import adapter_parameters, add_adapters, check_adapter, lo
 from rlhf.preflight import check
 from rlhf.progress import PROGRESS
 from rlhf.rollout import EngineSettings, HybridEngine
-from rlhf.state import _Files
+from rlhf.state import Files
 from tests.helpers import rl_config, single_world
 from tests.test_checkpoint import Engine, save
 
@@ -261,7 +261,7 @@ def test_pickles_that_a_manifest_names(tmp_path: Path, mark: Path, name: str) ->
     assert damage(folder) is None
     with pytest.raises(ValueError, match=re.escape(str(folder / name))):
         if name.startswith("actor"):
-            with _Files(folder / "actor"):
+            with Files(folder / "actor"):
                 pass
         if name.startswith("progress"):
             files.read_tensors(folder / name)
@@ -271,7 +271,7 @@ def test_pickles_that_a_manifest_names(tmp_path: Path, mark: Path, name: str) ->
 def test_safetensors_that_are_no_state(tmp_path: Path) -> None:
     for metadata in ({}, {"state": "[]"}, {"state": "{}"}, {"state": "["}, {"state": '{"parts": {"a": 1}}'}):
         save_file({"a": torch.zeros(1)}, tmp_path / "rank-0-000.safetensors", metadata=metadata)
-        with pytest.raises(ValueError, match=r"rank-0-000.safetensors: no state that a checkpoint keeps"), _Files(tmp_path):
+        with pytest.raises(ValueError, match=r"rank-0-000.safetensors: no state that a checkpoint keeps"), Files(tmp_path):
             pass
 
 
@@ -281,8 +281,9 @@ def test_a_manifest_that_leads_out_of_its_folder(tmp_path: Path, name: str) -> N
     (folder.parent / "outside").write_text("x")
     manifest = json.loads((folder / "manifest.json").read_text())
     entry = files.adopt(Path("/etc/hostname") if name.startswith("/") else folder.parent / "outside")
+    del manifest["manifest.json"]
     manifest[name] = {"size": entry.size, "sha256": entry.sha256}
-    (folder / "manifest.json").write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+    (folder / "manifest.json").write_text(_manifest(manifest))
     problem = damage(folder)
     assert problem and ("which is not in the folder" in problem or "is missing" in problem or "File name too long" in problem)
 
