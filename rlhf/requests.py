@@ -27,6 +27,7 @@ STARTED = "RLHF_STARTED"
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "accelerate", "supervise.sh")
 GONE = "the launcher is gone"
 POLL_SECONDS = 1.0
+SLOW_DISK = 0.3e9  # bytes a second
 SPAWN_SECONDS = 30.0  # in which a launcher starts all its ranks
 
 
@@ -44,7 +45,7 @@ class Requests:
         self.reason: str | None = None
         self._limit = max_time if is_main else None
         self._polled: float | None = None
-        self._longest_part = self._longest_save = 0.0  # seconds
+        self._longest_part = self._longest_save = self._expected_save = 0.0  # seconds
         self._before: dict[int, object] = {}
         self._over = threading.Event()
         self.leaving = False  # together with all ranks: everything is saved
@@ -108,12 +109,19 @@ class Requests:
         if self._polled is not None:
             self._longest_part = max(self._longest_part, now - self._polled)
         self._polled = now
-        if self._limit is not None and time.time() - started() + 1.2 * self._longest_part + 2 * self._longest_save > self._limit:
+        if (
+            self._limit is not None
+            and time.time() - started() + 1.2 * self._longest_part + 2 * (self._longest_save or self._expected_save) > self._limit
+        ):
             self._ask(STOP, f"--max_time {self._limit:g} s is near")
         asked = self._asked
         if asked == SAVE:
             self._asked, self.reason = 0, None
         return asked
+
+    def expect_save(self, size: int) -> None:
+        """Of so many bytes, all ranks' together: room that `max_time` leaves until it is known how long one takes."""
+        self._expected_save = size / SLOW_DISK
 
     def saved(self, seconds: float) -> None:
         """A checkpoint took so long; it is no part of a step."""

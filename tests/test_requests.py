@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from rlhf import requests
-from rlhf.requests import SAVE, STOP, Requests, started
+from rlhf.requests import SAVE, SLOW_DISK, STOP, Requests, started
 from rlhf.trainers.run import take_folder
 from train_rlhf import seconds
 
@@ -59,8 +59,14 @@ def test_the_supervisor_hears_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_max_time_leaves_room_for_what_took_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(requests.STARTED, str(time.time() - 90))
+    expecting = Requests(tmp_path, 100.0)
+    assert expecting.poll() == 0
+    expecting.expect_save(int(6 * SLOW_DISK))
+    assert expecting.poll() == STOP, "room for a first save too"
     found = Requests(tmp_path, 100.0)
-    assert [found.poll(), found.poll()] == [0, 0]
+    found.expect_save(int(6 * SLOW_DISK))
+    found.saved(1.0)
+    assert [found.poll(), found.poll()] == [0, 0], "one that has been says how long they take"
     found.saved(6.0)
     assert found.poll() == STOP and found.reason == "--max_time 100 s is near"
     monkeypatch.delenv(requests.STARTED)

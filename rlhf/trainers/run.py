@@ -166,6 +166,8 @@ class Run:
         is exported. (collective)"""
         exported = next(iter(engines.values())).module.parameters() if self.config.checkpoint.save_hf else ()
         self.checkpoints.prepare(engines, sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in exported))  # (collective)
+        own = float(sum(engine.state_bytes() for engine in engines.values()))
+        self.world.requests.expect_save(int(self.world.global_sum({"bytes": own})["bytes"]))  # (collective)
         if self.resume_from is None:
             self._keep_recipe()
             return 0
