@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rlhf import secrets
-from rlhf.config import ROOT, Config, load_config, own_names
+from rlhf.config import ROOT, Config, load_config, own_names, read_deepspeed
 from rlhf.requests import Requests, resumes
 
 
@@ -106,10 +107,13 @@ def main() -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(Scrubbing("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
     sys.excepthook = print_error
+    threading.excepthook = lambda hook: print_error(hook.exc_type, hook.exc_value or hook.exc_type(), hook.exc_traceback)
     try:
         config = load_config(arguments.config, arguments.overrides)
-        secrets.known.update(filter(lambda value: isinstance(value, str), secrets.secrets_in(config.model_dump(mode="json"), own_names())))
+        for tree in (config.model_dump(mode="json"), read_deepspeed(config.deepspeed)[0]):
+            secrets.known.update(value for value in secrets.secrets_in(tree, own_names()) if isinstance(value, str))
         if arguments.dry_run:
             from rlhf.preflight import describe
 

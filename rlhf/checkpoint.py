@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +26,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from rlhf import files
 from rlhf.distributed import World
 from rlhf.files import Written
+from rlhf.memory import host_capacity
 from rlhf.requests import CONTROL
 from rlhf.state import Copy, PinnedCopies, TensorFile, copy_to_host
 
@@ -42,7 +41,7 @@ EXPORTED = ("hf", "adapter")  # for others: nothing here reads them from a check
 _HASHERS = 8  # threads
 LAST_WORD_SECONDS = 60.0
 MANIFEST = "manifest.json"
-HOST_SHARE = 0.8  # of the free host memory that background saves may take
+HOST_SHARE = 0.6  # of a rank's host memory that background saves may take
 
 
 class Mark(NamedTuple):
@@ -59,6 +58,13 @@ class Mark(NamedTuple):
     def of(folder: Path) -> Mark | None:
         match = _NAME.fullmatch(folder.name)
         return Mark(int(match[1]), int(match[2] or 0)) if match else None
+
+
+class Failure(NamedTuple):
+    """What kept a save from being complete, or older ones from being deleted."""
+
+    text: str
+    missing: Mark | None  # the checkpoint that is not there
 
 
 class Saved(Protocol):
@@ -85,25 +91,26 @@ class Checkpoints:
         self.pinned = PinnedCopies(world.device) if background and world.device.type == "cuda" else None
         files.beat = world.beat
         self._writer: threading.Thread | None = None
-        self._problem: str | None = None  # of the last save; known to all ranks once it is over
+        self._failure: Failure | None = None  # of the last save; known to all ranks once it is over
+        self._told: Failure | None = None  # what `save` has returned before
 
-    def prepare(self, engines: Mapping[str, Saved], exported: int) -> None:
-        """Lock the host memory that background saves will copy to, while other things happen. exported: bytes of what rank 0 exports.
-
-        Raises ValueError where there is not enough. (collective)"""
+    def prepare(self, engines: Mapping[str, Saved], exported: int) -> str | None:
+        """Lock the host memory that background saves will copy to, while other things happen; where a rank has too little, saves are not in the
+        background, and what is to be said of that is returned. exported: bytes of what rank 0 exports. (collective)"""
         if not self.background:
-            return
-        size = sum(engine.state_bytes() for engine in engines.values()) + exported * self.world.is_main
-        told = self.world.gather_objects((socket.gethostname(), size, psutil.virtual_memory().available))  # (collective)
-        for host, _, free in told:
-            wanted = sum(theirs for other, theirs, _ in told if other == host)
-            if wanted > HOST_SHARE * free:
-                raise ValueError(
-                    f"checkpoint.background=true: it copies {wanted / 1e9:.1f} GB to the host memory of {host}, of which {free / 1e9:.1f} GB are "
-                    "free: set it to false, or use more nodes"
-                )
+            return None
+        size, room = sum(engine.state_bytes() for engine in engines.values()) + exported * self.world.is_main, host_capacity(self.world.local_size)
+        short = [(size, room)] if room is not None and size > HOST_SHARE * room else []
+        if found := [entry for theirs in self.world.gather_objects(short) for entry in theirs]:  # (collective)
+            self.background, self.pinned = False, None
+            wanted, there = (value / 1e9 for value in found[0])
+            return (
+                f"checkpoint.background=true would copy {wanted:.1f} GB of a rank to host memory, of which {there:.1f} GB are its share: "
+                "checkpoints are written in the foreground"
+            )
         if self.pinned is not None:
             self.pinned.prepare(size)
+        return None
 
     def save(
         self,
@@ -113,36 +120,45 @@ class Checkpoints:
         best: Sequence[int] = (),
         exporter: Exporter | None = None,
         progress: TensorFile | None = None,
-    ) -> str | None:
+    ) -> Failure | None:
         """Write a checkpoint and delete what is neither among the last `keep_last` nor, by its step, in `best`, the best first. (collective)
 
-        progress: of rank 0. What keeps this or the last save from being complete is returned, the same on every rank, and all earlier
-        checkpoints are there; in the background, only what kept the last one."""
-        earlier = self.finish()  # (collective)
+        progress: of rank 0. What keeps this save from being complete is returned, once, the same on every rank, and all earlier checkpoints are
+        there; in the background, what kept the last one."""
+        self.finish()  # (collective)
         size = self.world.global_sum({"bytes": float(sum(engine.state_bytes() for engine in engines.values()))})["bytes"]  # (collective)
         if problem := self.world.broadcast_object(self._no_room(size) if self.world.is_main else None):  # (collective)
-            self._problem = problem
-            return problem
+            self._failure = Failure(problem, mark)
+            return self._untold()
         if self.pinned is not None:
             self.pinned.begin()
-        export = exporter(self.pinned.now if self.pinned else copy_to_host) if exporter else None  # (collective)
+        export = problem = ready = None
+        try:
+            export = exporter(self.pinned.now if self.pinned else copy_to_host) if exporter else None  # (collective)
+        except Exception as error:  # no host memory, say: the others hear of it from the writer
+            problem = f"{type(error).__name__}: {error}"
         contents = self._contents(engines, progress, self.pinned or copy_to_host)
         facts = {"step": mark.step, "part": mark.part, "world_size": self.world.size, **state}
         if self.background:
-            ready = problem = None
+            earlier = self._untold()
             try:
                 contents = list(contents)
                 if self.pinned is not None and (ready := self.pinned.ready()):
                     for engine in engines.values():
                         engine.hold(ready)
-            except Exception as error:  # no host memory, say: the others hear of it from the writer
+            except Exception as error:
                 contents, problem = [], f"{type(error).__name__}: {error}"
             task = (mark, contents, facts, best, export, problem, ready)
             self._writer = threading.Thread(target=self._write, args=task, name="checkpoint-writer", daemon=True)
             self._writer.start()
             return earlier
-        self._write(mark, contents, facts, best, export)
-        return self.finish()  # (collective)
+        self._write(mark, contents, facts, best, export, problem)
+        self.finish()  # (collective)
+        return self._untold()
+
+    def _untold(self) -> Failure | None:
+        told, self._told = self._told, self._failure
+        return None if self._failure == told else self._failure
 
     def abandon(self) -> None:
         """Before this process ends without the others: what is being written may still become whole."""
@@ -154,15 +170,15 @@ class Checkpoints:
         """In the background, on this rank."""
         return self._writer is not None and self._writer.is_alive()
 
-    def finish(self) -> str | None:
+    def finish(self) -> Failure | None:
         """Wait for what is written in the background; what kept the last save from being complete. (collective)"""
         while self.writing:
             assert self._writer is not None
             self._writer.join(1.0)
             self.world.beat()
         self._writer = None
-        problem = self._problem = self.world.broadcast_object(self._problem)  # (collective)
-        return problem
+        self._failure = self.world.broadcast_object(self._failure)  # (collective)
+        return self._failure
 
     def _no_room(self, size: float) -> str | None:
         try:
@@ -204,7 +220,8 @@ class Checkpoints:
         self.world.exchange("checkpoint", "")
         try:
             if ready is not None:
-                ready.synchronize()
+                with torch.cuda.device(self.world.device):  # a new thread's is the first one
+                    ready.synchronize()
             for folder, file in contents:
                 if problem is None:  # what is left is still taken, as other ranks may wait for this one there
                     files.make_folder(temporary / folder)
@@ -224,14 +241,14 @@ class Checkpoints:
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
         if problem is not None:
-            self._problem = f"{final.name} is not written: {problem}"
+            self._failure = Failure(f"{final.name} is not written: {problem}", mark)
             shutil.rmtree(temporary, ignore_errors=True)
             return
-        self._problem = None
+        self._failure = None
         try:
             self._tidy(mark, best)
         except OSError as error:
-            self._problem = f"{final.name} is written, but older ones are not deleted: {error}"
+            self._failure = Failure(f"{final.name} is written, but older ones are not deleted: {error}", None)
 
     def _commit(self, temporary: Path, final: Path, manifest: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
         manifest["trainer_state.json"] = asdict(files.write_text(temporary / "trainer_state.json", json.dumps(facts, indent=1) + "\n"))
@@ -266,9 +283,8 @@ class Checkpoints:
         """(the folder that `--resume auto|never|PATH` means, checked against its manifest; what there is to say about it). None = start afresh.
         (collective)
 
-        `auto` passes over damaged ones, which are renamed, to the newest that is whole. Under `never`, and under PATH for what is not before it, the
-        run folder's checkpoints are moved to `checkpoints-N`. Raises ValueError where the one that is named is damaged or none, and where there are
-        only damaged ones."""
+        `auto` passes over damaged ones, which are renamed, to the newest that is whole. Raises ValueError where the one that is named is damaged or
+        none, and where there are only damaged ones."""
         found: Path | None = None
         problem: str | None = None
         remarks: list[str] = []
@@ -284,14 +300,16 @@ class Checkpoints:
             elif resume != "never":
                 found = Path(resume).resolve()  # `latest` is a link that will move
                 problem = damage(found)
-            if resume != "auto" and not problem:
-                # What another history wrote is kept, but never mixed with this one's: among the last ones it would push out the new ones.
-                own = Mark.of(found) if found is not None and found.parent == self.folder.resolve() else None
-                self._set_aside([m for m in marks if not (own and m <= own)])
         found, problem, remarks = self.world.broadcast_object((found, problem, remarks))
         if problem:
             raise ValueError(f"--resume {resume}: {found}: {problem}; name another checkpoint, or --resume never to start afresh")
         return found, remarks
+
+    def go_on_from(self, found: Path | None) -> None:
+        """The history that begins now is that of `found`, or a new one. What another has written is moved to `checkpoints-N`, and never mixed with
+        this one's: among the last ones it would push out the new ones. (rank 0)"""
+        own = Mark.of(found) if found is not None and found.parent == self.folder.resolve() else None
+        self._set_aside([mark for mark in self._marks() if not (own and mark <= own)])
 
     def _newest_whole(self, marks: Sequence[Mark]) -> tuple[Path | None, str | None, list[str]]:
         problems: dict[Path, str] = {}
@@ -333,7 +351,6 @@ class Checkpoints:
             return False
 
     def _set_aside(self, marks: list[Mark]) -> None:
-        """Move checkpoints to `checkpoints-N`."""
         if not marks:
             return
         number = 1

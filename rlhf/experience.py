@@ -37,12 +37,15 @@ class ExperiencePasses:
     together: int = 1  # forwards of the update that are one forward of the reference or critic here: without gradients there is room for it
 
 
-def scored_together(config: Config, lean: bool) -> int:
-    """`ExperiencePasses.together` of a run; lean: actor and reference are of families whose head answers in chunks; logits of others exist whole."""
+def scored_together(config: Config, lean: bool, on_gpu: bool) -> int:
+    """`ExperiencePasses.together` of a run; lean: actor and reference are of families whose head answers in chunks; logits of others exist whole.
+
+    On a CPU one: there is nothing to gain, and products of other shapes may round otherwise, so that a reference which is the actor would not give
+    its logprobs to the bit (trap 2)."""
     # Where whole layers are computed again the update's forwards may be as large as will fit. Where only MLPs are, what attention keeps in all layers
     # still is more than one layer's MLP has at once for four times the tokens.
     layers_again = config.actor.recomputed is True or (config.algorithm.needs_critic and config.critic.recomputed is True)
-    return 4 if config.train.packing and lean and not layers_again else 1
+    return 4 if on_gpu and config.train.packing and lean and not layers_again else 1
 
 
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:

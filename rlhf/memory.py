@@ -390,8 +390,8 @@ def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, 
     judges = {name: h.gathered + h.forward.passing(backward=False) for name, h in held.items() if not h.trained and name != "reference"}
 
     def score(name: str) -> dict[str, float]:
-        h, together = held[name], scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held))
-        f = h.forward
+        h = held[name]
+        f, together = h.forward, scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held), on_gpu)
         wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.mlp, f.norm, chunked=f.chunked)
         return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 

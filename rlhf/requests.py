@@ -40,7 +40,7 @@ class Requests:
         control = os.environ.get(CONTROL)
         self._control = Path(control) if control and is_main else None
         self._files = {run_dir / "save": SAVE, run_dir / "stop": STOP} if run_dir and is_main else {}
-        self._run_dir = run_dir
+        self._run_dir, self._begun = run_dir, psutil.Process().create_time()
         self._asked = 0
         self.reason: str | None = None
         self._limit = max_time if is_main else None
@@ -53,9 +53,6 @@ class Requests:
     def __enter__(self) -> Requests:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGRTMIN):
             self._before[number] = signal.signal(number, self._handle)
-        for file in self._files:
-            if file.exists() and file.stat().st_mtime < psutil.Process().create_time():  # asked of an earlier run
-                file.unlink()
         if self._control and self._run_dir:
             (self._control / "run_dir").write_text(str(self._run_dir.resolve()))
         self._heard, write = os.pipe()
@@ -100,7 +97,7 @@ class Requests:
     def poll(self) -> int:
         """SAVE, STOP or 0; SAVE only once."""
         for file, what in self._files.items():
-            if file.exists():
+            if file.exists() and file.stat().st_mtime >= self._begun:  # older ones were asked of an earlier run, or of another that is still there
                 file.unlink(missing_ok=True)
                 self._ask(what, f"the file {file}")
         if self._control and (self._control / "stop").exists():

@@ -10,7 +10,8 @@ from typing import Any
 HIDDEN = "***"
 _SECRET = {"apikey", "auth", "authorization", "bearer", "credential", "credentials", "passphrase", "passwd", "password"}
 _SECRET |= {"passwords", "secret", "secrets"}
-_TEXT = {"key", "keys", "token", "tokens"}  # secret where they are text: `per_token: 0.1` and `stop_tokens: [2]` are none
+_MAYBE = {"key", "keys", "token", "tokens"}  # secret where the value looks like it: `answer_key: final`, `stop_tokens: [2]` are none
+_LOOKS = re.compile(r"(?=.*\d)\S{12,}")
 _LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")  # of an address
 _SHORTEST = 8  # characters of a value that is looked for in messages: shorter ones are words of them by chance
 
@@ -28,8 +29,10 @@ def masked(tree: Any, own: Collection[str] = (), take: Callable[[Any], Any] = la
         if isinstance(value, list | tuple):
             return [walk(part, words) for part in value]
         if isinstance(value, str):
-            return take(value) if words & (_SECRET | _TEXT) else _LOGIN.sub(lambda login: str(take(login[0])), value)
-        return take(value) if words & _SECRET and value is not None and not isinstance(value, bool) else value
+            if words & _SECRET or (words & _MAYBE and ("api" in words or _LOOKS.fullmatch(value))):
+                return take(value)
+            return _LOGIN.sub(lambda login: str(take(login[0])), value)
+        return take(value) if words & _SECRET and isinstance(value, int) and not isinstance(value, bool) else value
 
     return walk(tree, set())
 
@@ -43,7 +46,7 @@ def secrets_in(tree: Any, own: Collection[str] = ()) -> list[Any]:
 
 def scrub(text: str) -> str:
     """A message without the secrets that this process knows: of others (libraries, reward functions) that may have put them there."""
-    values = known | {value for name, value in os.environ.items() if _words(name) & (_SECRET | _TEXT)}
+    values = known | {value for name, value in os.environ.items() if _words(name) & (_SECRET | _MAYBE)}
     for value in sorted(values, key=len, reverse=True):
         if len(value) >= _SHORTEST:
             text = text.replace(value, HIDDEN)

@@ -101,8 +101,14 @@ class PinnedCopies:
         self._preparing: threading.Thread | None = None
 
     def prepare(self, size: int) -> None:
-        """Lock so many bytes in the background, which takes seconds."""
-        self._preparing = threading.Thread(target=self._add, args=(size,), name="pinning", daemon=True)
+        """Lock so many bytes, and what their alignment may take, in the background: that takes seconds. Where it fails, it is tried again, and said,
+        when they are needed."""
+
+        def prepared() -> None:
+            with contextlib.suppress(Exception):
+                self._add(size + (size >> 6))
+
+        self._preparing = threading.Thread(target=prepared, name="pinning", daemon=True)
         self._preparing.start()
 
     @property
@@ -118,7 +124,7 @@ class PinnedCopies:
         self._follow()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        flat = tensor.detach().view(-1).view(torch.uint8)
         place, offset = self._place(len(flat))
         with torch.cuda.stream(self._stream):
             done = 0
@@ -158,16 +164,30 @@ class PinnedCopies:
             with contextlib.suppress(OSError):  # a kernel without
                 memory.madvise(advice)
         arena = torch.frombuffer(memory, dtype=torch.uint8)
-        for piece in arena.split(FILE_BYTES):
-            piece.zero_()  # the system gives the pages here, where nothing of CUDA is held up by it
-            if self._stream is not None:
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), len(piece), 0))
+        locked: list[Tensor] = []
+        try:
+            for piece in arena.split(FILE_BYTES):
+                piece.zero_()  # the system gives the pages here, where nothing of CUDA is held up by it
+                if self._stream is not None:
+                    with torch.cuda.device(self._device):  # a new thread's is the first one, which is another rank's
+                        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), len(piece), 0))
+                    locked.append(piece)
+        except BaseException:
+            for piece in locked:  # or the next memory at these addresses could not be locked
+                torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
+            raise
         self._arenas.append(arena)
 
 
 def nbytes(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> int:
-    """Of `files`, about."""
-    return sum(4 * part.count * (1 + sum(_like_master(v, part) for v in optimizer.state.get(part.master, {}).values())) for part in parts)
+    """Of `files`, about; of an optimizer that has not stepped yet too, whose states come with its first step."""
+
+    def states(part: Part) -> int:
+        if not (state := optimizer.state.get(part.master)):
+            return len(optimizer.defaults.get("betas", ())) or int(bool(optimizer.defaults.get("momentum")))
+        return sum(_like_master(value, part) for value in state.values())
+
+    return sum(4 * part.count * (1 + states(part)) for part in parts)
 
 
 def files(

@@ -138,7 +138,7 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
     sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
     rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
     rewards: Any = None  # drawn at random instead
-    together = 1 if {"together", "head"} & set(args.without) else scored_together(config, lean=rollout.lean)
+    together = 1 if {"together", "head"} & set(args.without) else scored_together(config, lean=rollout.lean, on_gpu=on_gpu)
     return Models(actor, critic, reference, rewards, rollout, together)
 
 

@@ -148,11 +148,13 @@ def write(a: argparse.Namespace, checkpoint: Path, name: str, role: TrainedModel
 
 def statistics_of(checkpoint: Path, role: TrainedModelConfig) -> tuple[float, float] | None:
     """Of the scores: of a reward model as measured when the checkpoint was written, of a critic that kept the head of one."""
+    from rlhf import files
     from rlhf.models.loading import SCORE_STATISTICS, score_statistics
 
-    critic = isinstance(role, CriticConfig)
-    folder = (role.path if role.head == "keep" else None) if critic else checkpoint / "hf"
-    return score_statistics(folder) if folder is not None and (folder / SCORE_STATISTICS).is_file() else None
+    if isinstance(role, CriticConfig):
+        return score_statistics(role.path) if role.head == "keep" and role.path and (role.path / SCORE_STATISTICS).is_file() else None
+    measured = files.read_object(checkpoint / "trainer_state.json").get("statistics")
+    return (float(measured[0]), float(measured[1])) if measured else None
 
 
 def main(arguments: list[str] | None = None) -> int:

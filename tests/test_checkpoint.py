@@ -10,7 +10,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf import files
-from rlhf.checkpoint import Checkpoints, Mark, damage
+from rlhf.checkpoint import Checkpoints, Failure, Mark, damage
 from rlhf.distributed import World
+from rlhf.models.export import on_host
 from rlhf.state import PinnedCopies, TensorFile, copy_to_host
 from tests.helpers import run_ranks, single_world
 
@@ -36,6 +37,9 @@ class Engine:
     def state_files(self, copy: Callable[[Tensor], Tensor] = copy_to_host) -> Iterator[TensorFile]:
         yield TensorFile("rank-0-000.safetensors", {"value": copy(self.value)}, {"state": "{}"})
 
+    def hold(self, until: torch.cuda.Event) -> None:
+        raise AssertionError("without a GPU nothing is copied behind the host's back")
+
     def load(self, folder: Path) -> None:
         self.value = load_file(folder / "rank-0-000.safetensors")["value"]
 
@@ -46,7 +50,7 @@ def export(folder: Path) -> dict[Path, files.Written]:
     return {folder / "hf" / "model": files.write_text(folder / "hf" / "model", "weights")}
 
 
-def save(checkpoints: Checkpoints, step: int, best: tuple[int, ...] = (), part: int = 0) -> str | None:
+def save(checkpoints: Checkpoints, step: int, best: tuple[int, ...] = (), part: int = 0) -> Failure | None:
     progress = TensorFile("step.safetensors", {"turns": torch.tensor(part)}, {}) if part else None
     return checkpoints.save(Mark(step, part), {"actor": Engine(step)}, {"note": step}, best, None if part else lambda copy: export, progress)
 
@@ -78,6 +82,8 @@ def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Pat
     assert names(tmp_path / "checkpoints") == ["best", "checkpoint-10", "checkpoint-12", "checkpoint-8", "latest"]
 
     found, _ = checkpoints.find(str(tmp_path / "checkpoints" / "checkpoint-8"))
+    assert "checkpoint-12" in names(tmp_path / "checkpoints"), "the start may still be refused"
+    checkpoints.go_on_from(found)
     assert found is not None and checkpoints.load(found, {"actor": engine})["step"] == 8
     assert names(tmp_path / "checkpoints") == ["best", "checkpoint-8"]
     assert names(tmp_path / "checkpoints-1") == ["checkpoint-10", "checkpoint-12", "latest"]
@@ -94,10 +100,12 @@ def test_resume_from_another_run_or_never_sets_all_checkpoints_aside(tmp_path: P
     save(other, 9)
     elsewhere = tmp_path / "other" / "checkpoints" / "checkpoint-9"
     assert ours.find(str(elsewhere))[0] == elsewhere
+    ours.go_on_from(elsewhere)
     assert names(tmp_path / "ours" / "checkpoints") == []
     assert names(tmp_path / "other" / "checkpoints") == ["checkpoint-9", "latest"]
     save(ours, 2)
     assert ours.find("never") == (None, [])
+    ours.go_on_from(None)
     assert names(tmp_path / "ours" / "checkpoints-2") == ["checkpoint-2", "latest"]
 
 
@@ -134,17 +142,56 @@ def test_large_states_on_the_host_are_copied_too(monkeypatch: pytest.MonkeyPatch
         for tensor in live:
             tensor += 10
         assert [tensor.tolist() for tensor in kept] == expected, "the writer reads it while the next step changes it"
-    assert [len(arena) for arena in pinned._arenas] == [100, 400, 64], "what was prepared, and more where that is not enough; kept for the next time"
+    assert [len(arena) for arena in pinned._arenas] == [101, 400, 64], "what was prepared, and more where that is not enough; kept for the next time"
 
 
 def test_background_saves_need_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    monkeypatch.setattr("rlhf.checkpoint.host_capacity", lambda ranks: 100)
     engine = Engine()
-    Checkpoints(tmp_path, single_world(), keep_last=1).prepare({"actor": engine}, 10**9)
+    assert Checkpoints(tmp_path, single_world(), keep_last=1).prepare({"actor": engine}, 10**9) is None
     behind = Checkpoints(tmp_path, single_world(), keep_last=1, background=True)
-    behind.prepare({"actor": engine}, 80 - engine.state_bytes())
-    with pytest.raises(ValueError, match=r"checkpoint.background=true: it copies .* of which 0.0 GB are free: set it to false"):
-        behind.prepare({"actor": engine}, 81 - engine.state_bytes())
+    assert behind.prepare({"actor": engine}, 60 - engine.state_bytes()) is None and behind.background
+    remark = behind.prepare({"actor": engine}, 61 - engine.state_bytes())
+    assert remark is not None and "checkpoints are written in the foreground" in remark and not behind.background
+    assert save(behind, 1) is None and not behind.writing and assert_usable(tmp_path, (1,)) == 1
+
+
+def test_a_failure_is_told_once_and_of_its_own_step(tmp_path: Path) -> None:
+    for background in (False, True):
+        checkpoints = Checkpoints(tmp_path / str(background), single_world(), keep_last=9, background=background)
+        files.before = at(1, fail)
+        told = [checkpoints.save(Mark(1), {"actor": Engine()}, {})]
+        checkpoints.finish()
+        files.before = lambda operation, path: None
+        told += [checkpoints.save(Mark(step), {"actor": Engine()}, {}) for step in (2, 3)]
+        assert [failure and failure.missing for failure in told] == ([None, Mark(1), None] if background else [Mark(1), None, None])
+        assert checkpoints.finish() is None and names(checkpoints.folder) == ["checkpoint-2", "checkpoint-3", "latest"]
+
+
+def broken_export(world: World, folder: Path) -> list[Any]:
+    checkpoints, tensors = Checkpoints(folder, world, keep_last=2), [("a", torch.zeros(1)), ("b", torch.zeros(1))]
+    seen = []
+
+    def gathered() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            world.barrier()
+            seen.append(name)
+            yield name, tensor
+
+    def copy(tensor: Tensor) -> Tensor:
+        raise MemoryError("no host memory")
+
+    def exporter(copy_: Callable[[Tensor], Tensor]) -> None:
+        on_host(gathered(), world.is_main, copy)
+
+    failure = checkpoints.save(Mark(1), {"actor": Half(world.rank)}, {}, (), exporter)
+    return [seen, failure and failure.text, checkpoints.save(Mark(2), {"actor": Half(world.rank)}, {})]
+
+
+def test_an_export_that_fails_on_one_rank_ends_no_run(tmp_path: Path) -> None:
+    for seen, text, later in run_ranks(broken_export, 2, tmp_path):
+        assert seen == ["a", "b"] and "checkpoint-1 is not written: rank 0: MemoryError: no host memory" in text and later is None
+    assert names(tmp_path / "checkpoints") == ["checkpoint-2", "latest"]
 
 
 def test_inside_of_a_step_comes_after_the_step_before_and_before_its_end(tmp_path: Path) -> None:
@@ -214,7 +261,7 @@ def test_every_operation_failed_in_turn(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(files, "before", at(number, fail))
         problem = save(checkpoints, 2)
         monkeypatch.undo()
-        assert problem is not None and "broken" in problem
+        assert problem is not None and "broken" in problem.text
         reached.add(assert_usable(run_dir, (1, 2)))
         assert save(Checkpoints(run_dir, single_world(), keep_last=1), 3) is None
         assert assert_usable(run_dir, (3,)) == 3
@@ -248,14 +295,14 @@ def test_a_full_disk(tmp_path: Path) -> None:
         checkpoints = Checkpoints(disk / "run", single_world(), keep_last=2)
         assert save(checkpoints, 1) is None
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
-        problem = save(checkpoints, 2)
-        assert problem is not None and "No space left on device" in problem
+        failure = save(checkpoints, 2)
+        assert failure is not None and "No space left on device" in failure.text
         assert assert_usable(disk / "run", (1,)) == 1
         with (disk / "filler").open("ab") as file:
             file.write(bytes(shutil.disk_usage(disk).free))
-        problem = save(checkpoints, 3)
-        assert problem is not None and "make room, or lower checkpoint.keep_last" in problem
-        assert checkpoints.finish() == problem, "the end of the run must hear of it"
+        failure = save(checkpoints, 3)
+        assert failure is not None and "make room, or lower checkpoint.keep_last" in failure.text
+        assert checkpoints.finish() == failure, "the end of the run must hear of it"
         (disk / "filler").unlink()
         assert save(checkpoints, 4) is None and checkpoints.finish() is None
         assert assert_usable(disk / "run", (4,)) == 4
@@ -320,7 +367,7 @@ class Half(Engine):
         yield TensorFile(f"rank-{self.rank}-000.safetensors", {"value": copy(self.value)}, {"state": "{}"})
 
 
-def saves_of_two(world: World, folder: Path, background: bool) -> list[str | None]:
+def saves_of_two(world: World, folder: Path, background: bool) -> list[Failure | None]:
     checkpoints, engine = Checkpoints(folder, world, keep_last=3, background=background), Half(world.rank)
     problems = [checkpoints.save(Mark(1), {"actor": engine}, {}, (), lambda copy: export if world.is_main else None)]
     engine.value += 10  # while the first is perhaps still written
@@ -336,7 +383,7 @@ def saves_of_two(world: World, folder: Path, background: bool) -> list[str | Non
 def test_what_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
     for problems in run_ranks(saves_of_two, 2, tmp_path, False):
         assert problems[0] is None and problems[2:] == [None, None]
-        assert "rank 1: OSError" in problems[1]
+        assert "rank 1: OSError" in problems[1].text
     assert names(tmp_path / "checkpoints") == ["checkpoint-1", "checkpoint-3", "latest"]
 
 

@@ -313,7 +313,8 @@ def test_a_component_that_is_only_measured_loses_no_sample() -> None:
     ],
 )
 def test_forwards_are_scored_together_only_where_there_is_room(models: Path, sections: dict[str, Any], lean: bool, together: int) -> None:
-    assert scored_together(rl_config(models, **sections), lean) == together
+    assert scored_together(rl_config(models, **sections), lean, on_gpu=True) == together
+    assert scored_together(rl_config(models, **sections), lean, on_gpu=False) == 1
 
 
 def test_a_sum_beyond_float32_is_lost_and_counted() -> None:

@@ -26,8 +26,20 @@ COPIED = ("generation_config.json", "chat_template.jinja")
 
 
 def on_host(tensors: Iterable[tuple[str, Tensor]], wanted: bool = True, copy: Copy = copy_to_host) -> dict[str, Tensor]:
-    """Copies that nobody else changes; of none if they are not wanted here. (collective, where the iterator is)"""
-    return {name: copy(tensor.detach()).contiguous() for name, tensor in tensors if wanted}
+    """Copies that nobody else changes; of none if they are not wanted here. (collective, where the iterator is)
+
+    What keeps one from being made is raised after the last of them: other ranks may wait for this one there."""
+    copies: dict[str, Tensor] = {}
+    failure: Exception | None = None
+    for name, tensor in tensors:
+        if wanted and failure is None:
+            try:
+                copies[name] = copy(tensor.detach()).contiguous()
+            except Exception as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    return copies
 
 
 def export_model(
@@ -39,8 +51,8 @@ def export_model(
     statistics: tuple[float, float] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[Path, Written]:
-    """A folder that `from_pretrained` loads, from the whole tensors of the plain model on the host; tied weights are written once. The files of
-    weights.
+    """A folder that `from_pretrained` loads, from the whole tensors of the plain model on the host, a tied weight under one of its names. The
+    files of weights.
 
     source: the folder that the model was loaded from; its config (with its own dropout) and generation config are kept. statistics: of a reward
     model's scores.

@@ -254,7 +254,7 @@ def _product_seconds(matrices: list[Tensor], rows: int, stream: torch.cuda.Strea
     x = torch.randn(rows, matrices[0].shape[1], dtype=matrices[0].dtype, device=matrices[0].device)
     F.linear(x, matrices[0])
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may lock memory
         for matrix in matrices:
             F.linear(x, matrix)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -224,7 +224,7 @@ class DecodeLoop:
                 self._eager(batch, sampling, out)
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):  # others lock memory
                 self._eager(batch, sampling, out)
             self._pool = self._pool or graph.pool()
             self._captured[key] = graph

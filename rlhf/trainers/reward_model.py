@@ -38,7 +38,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     held_out = load_preferences(config.validation.data, config.data, tokenizer)[0] if config.validation.data else []
     steps = total_steps(config, len(pairs))
     best = Best(config.validation.best_metric or "val-core/pair_accuracy/mean", config.validation.best_mode or "max", config.checkpoint.keep_best)
-    rows = [[[len(p.chosen.input_ids), *p.chosen.input_ids, *p.rejected.input_ids] for p in part] for part in (pairs, held_out)]
+    rows = (([len(p.chosen.input_ids), *p.chosen.input_ids, *p.rejected.input_ids] for p in part) for part in (pairs, held_out))
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup, *rows)
     config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())

@@ -242,7 +242,7 @@ def build_models(run: Run, max_context: int, pool: Pool) -> Models:
             trust_remote_code=config.actor.trust_remote_code,
         ),
         together=scored_together(
-            config, all(is_lean(read_architecture(role, name)) for name, role in roles(config) if name in ("actor", "reference"))
+            config, all(is_lean(read_architecture(role, name)) for name, role in roles(config) if name in ("actor", "reference")), run.on_gpu
         ),
     )
 

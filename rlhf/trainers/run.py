@@ -92,12 +92,14 @@ class Run:
     longest: int  # tokens of the longest row
     plan: Plan = field(default_factory=Plan)
     guard: Guard = field(init=False)
-    recipe: str = "{}"  # YAML, as this start was given it
+    recipe: str = "{}"  # YAML, as this start was given it, without secrets
     data: dict[str, Any] = field(default_factory=dict)  # of the training rows: `check_same_data`
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
     agreed: int | None = None  # the step after which the ranks were last found in the same state
 
     def __post_init__(self) -> None:
+        # In a checkpoint: without the run folder, which may be another one later.
+        self._kept_recipe = {key: value for key, value in yaml.safe_load(self.recipe).items() if key != "run_dir"}
         self.guard = Guard(self.config.train.bad_steps)
         self.pace = Pace(self.world)
         self.compare({}, dict)
@@ -165,7 +167,9 @@ class Run:
         """Restore engines, generators and the best metrics; the step to go on after (0 = from the start). The first engine's model is the one that
         is exported. (collective)"""
         exported = next(iter(engines.values())).module.parameters() if self.config.checkpoint.save_hf else ()
-        self.checkpoints.prepare(engines, sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in exported))  # (collective)
+        size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in exported)
+        if remark := self.checkpoints.prepare(engines, size):  # (collective)
+            self.console.message(remark)
         own = float(sum(engine.state_bytes() for engine in engines.values()))
         self.world.requests.expect_save(int(self.world.global_sum({"bytes": own})["bytes"]))  # (collective)
         if self.resume_from is None:
@@ -186,7 +190,7 @@ class Run:
             done = "the run is complete; --resume never starts it afresh" if step >= steps else f"going on after step {step}"
         self.console.message(f"resumed from {self.resume_from}: {done}")
         if "recipe" in self.state:
-            for change in changes(self.state["recipe"], self._kept_recipe()):
+            for change in changes(self.state["recipe"], self._kept_recipe):
                 self.console.message(f"recipe, since then: {change}")
         self._keep_recipe()
         return step
@@ -195,10 +199,6 @@ class Run:
         """In the run folder, once this start is not refused any more."""
         if self.world.is_main:
             (self.config.run_dir / "config.yaml").write_text(self.recipe)
-
-    def _kept_recipe(self) -> dict[str, Any]:
-        """In a checkpoint: without the run folder, which may be another one later."""
-        return {key: value for key, value in yaml.safe_load(self.recipe).items() if key != "run_dir"}
 
     def progress(self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any]) -> Progress:
         """Of a step that begins, with what the checkpoint that we resume from has of it; state: of the trainer as the step begins."""
@@ -290,8 +290,11 @@ class Run:
             exporter = None
             with self.timer.phase("save_checkpoint"):
                 self.agree(step)  # (collective)
+                measured = statistics() if statistics else None  # (collective)
+                if measured is not None:
+                    state = {**state, "statistics": measured}
                 if self.config.checkpoint.save_hf:
-                    exporter = partial(self._exporter, engines[exported], statistics() if statistics else None)
+                    exporter = partial(self._exporter, engines[exported], measured)
                 # The line of this step is written after its checkpoint; a kill between the two must not lose it.
                 self._save(Mark(step), {**state, "metrics": metrics}, engines, exporter)
         elif step == 1 or step % self.config.train.digest_every == 0:
@@ -304,16 +307,17 @@ class Run:
     ) -> None:  # (collective)
         state = {**self._own_state(), **state}
         started = time.monotonic()
-        problem = self.checkpoints.save(mark, engines, state, self.best.steps, exporter, progress)
+        failure = self.checkpoints.save(mark, engines, state, self.best.steps, exporter, progress)
         self.world.requests.saved(time.monotonic() - started)
-        if problem:
-            self.best.top = [entry for entry in self.best.top if entry[1] != mark.step]  # what is not there is not the best, and keeps nothing
-            self.console.message(f"{problem}. Training goes on; the checkpoints before it are whole.")
+        if failure is not None:
+            if failure.missing is not None:  # what is not there is not the best, and keeps nothing
+                self.best.top = [entry for entry in self.best.top if Mark(entry[1]) != failure.missing]
+            self.console.message(f"{failure.text}. Training goes on; the checkpoints before it are whole.")
 
     def _own_state(self) -> dict[str, Any]:
         best = {"metric": self.best.metric, "top": list(self.best.top)}
         return {
-            "recipe": self._kept_recipe(),
+            "recipe": self._kept_recipe,
             "data": self.data,
             "best": best,
             "guard": copy.deepcopy(self.guard.state_dict()),
@@ -325,17 +329,17 @@ class Run:
         if asked < STOP:
             return
         self.world.requests.leaving = True
-        problem = self.checkpoints.finish()  # (collective)
+        failure = self.checkpoints.finish()  # (collective)
         reasons = [reason for reason in self.world.gather_objects(self.world.requests.reason) if reason]  # (collective)
         if self.world.is_main:
             self.world.requests.leave(reasons[0])
-        self.console.message(f"leaving: {reasons[0]}. " + (f"{problem}. " if problem else "") + "Started again, it goes on from here.")
+        self.console.message(f"leaving: {reasons[0]}. " + (f"{failure.text}. " if failure else "") + "Started again, it goes on from here.")
         raise SystemExit(EXIT_AGAIN)
 
     def finish(self) -> None:
         """Everything is on disk, or it is an error: RuntimeError. (collective)"""
-        if problem := self.checkpoints.finish():
-            raise RuntimeError(f"the last checkpoint is missing: {problem}")
+        if failure := self.checkpoints.finish():
+            raise RuntimeError(f"the last checkpoint: {failure.text}")
         if self.world.is_main:
             self.world.requests.done()
 
@@ -344,8 +348,8 @@ class Run:
         role = engine.config
         assert role.path is not None
         source, module, tokenizer = role.path, engine.module, self.tokenizer
-        model = on_host(engine.full_tensors(weight_layout(module)), self.world.is_main, copy)  # (collective)
         adapter = engine.full_parameters(adapter_parameters(module)) if role.lora else None  # (collective)
+        model = on_host(engine.full_tensors(weight_layout(module)), self.world.is_main, copy)  # (collective); last, as it may fail on one rank
         if not self.world.is_main:
             return None
 
@@ -448,6 +452,8 @@ def start_run(
             f"data.train: {data['rows']} rows, and not those that {resume_from} was trained on ({before['data']['rows']}): it would go on in others. "
             "Give it the same ones; or go on with these, data.on_change=accept; or start afresh, --resume never"
         )
+    if world.is_main and resume != "auto":
+        checkpoints.go_on_from(resume_from)
     if world.is_main and resume == "never":
         (config.run_dir / BUDGET).unlink(missing_ok=True)
     origin = resume_from.parent.parent if resume_from else None  # the run folder of the checkpoint

@@ -138,7 +138,7 @@ def test_secrets_are_nowhere(done: Done) -> None:
     (tracked,) = (done.run_dir / "wandb").glob("offline-run-*/*.wandb")
     content = tracked.read_bytes()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=done.folder, check=True, capture_output=True).stdout.strip()
-    assert f"{EVIL}/canary".encode() in content and commit in content and b"letters" not in content and b'"api_key":"***"' in content
+    assert f"{EVIL}/canary".encode() in content and commit in content and b'"api_key":"***"' in content
     assert (newest(done.run_dir) / "hf" / "model.safetensors").is_file()
     done.planted.assert_nowhere(done.run_dir, done.job.log, done.job.notes)
 

@@ -575,6 +575,7 @@ def count_forwards(world: World, models: Path) -> tuple[dict[str, int], float]:
     )
     held, run = open_models(config, world)
     assert held.critic is not None and held.reference is not None
+    held.together = 4  # as on a GPU
     counts = {"actor": 0, "critic": 0, "reference": 0, "reward": 0}
 
     def count(name: str) -> Any:

@@ -68,3 +68,17 @@ def test_goes_on_in_another_shape(models: Path, tmp_path: Path, wrote: Shape, re
             assert torch.equal(found[name], tensor), name
         else:  # gradients of other ranks are added up in another order
             torch.testing.assert_close(found[name], tensor, atol=2e-5 if wrote[2] == "float32" else 0.03, rtol=1e-3)
+
+
+def sizes(world: World, models: Path, stage: int, dtype: str) -> tuple[int, int]:
+    engine = causal_engine(world, models / "llama", stage, dtype, False, sgd=False, learning_rate=0.01)
+    before = engine.state_bytes()
+    train(engine, world, 1)
+    return before, engine.state_bytes()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_size_is_known_before_the_first_step(models: Path, stage: int) -> None:
+    """From which optimizers have their moments; memory and time for a first save are set aside before."""
+    ((before, after),) = run_ranks(sizes, 1, models, stage, "float32")
+    assert before == after
