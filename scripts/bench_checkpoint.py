@@ -76,13 +76,20 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    step(1)
+    behind = Checkpoints(folder, world, keep_last=1, background=arguments.only != "save")
+    started = time.perf_counter()
+    remark = behind.prepare(models.engines, sum(2 * getattr(p, "ds_numel", p.numel()) for p in models.actor.module.parameters()))
+    beside = [step(1)]  # which also captures graphs
+    while world.most(int(behind.pinned is not None and behind.pinned.preparing)):
+        beside.append(step(100 + len(beside)))
+    locked = time.perf_counter() - started
+    report(world, "locking host memory", locked, arguments.shape, steps=len(beside), slowest_step=round(max(beside), 3), remark=remark)
     usual = sorted(step(number) for number in range(2, 5))[1]
     report(world, "step", usual, arguments.shape)
     if arguments.only != "background":
         measure_save(world, models, folder, arguments.shape)
     if arguments.only != "save":
-        measure_background(world, models, folder, arguments.shape, step, usual)
+        measure_background(world, models, folder, behind, arguments.shape, step, usual)
     world.close()
 
 
@@ -106,8 +113,9 @@ def measure_save(world: World, models: Models, folder: Path, shape: str) -> None
     world.barrier()
 
 
-def measure_background(world: World, models: Models, folder: Path, shape: str, step: Callable[[int], float], usual: float) -> None:
-    behind = Checkpoints(folder, world, keep_last=1, background=True)
+def measure_background(
+    world: World, models: Models, folder: Path, behind: Checkpoints, shape: str, step: Callable[[int], float], usual: float
+) -> None:
     layout = weight_layout(models.actor.module)
 
     def exporter(copy: Copy) -> Export | None:
@@ -118,13 +126,6 @@ def measure_background(world: World, models: Models, folder: Path, shape: str, s
         (folder / "hf").mkdir()
         return write_shards(folder / "hf", weights)
 
-    started = time.perf_counter()
-    behind.prepare(models.engines, sum(2 * getattr(p, "ds_numel", p.numel()) for p in models.actor.module.parameters()))
-    beside = []
-    while world.most(int(behind.pinned is not None and behind.pinned.preparing)):
-        beside.append(step(100 + len(beside)))
-    slowest = round(max(beside, default=0.0), 3)
-    report(world, "locking host memory", time.perf_counter() - started, shape, steps=len(beside), slowest_step=slowest)
     for attempt in ("first", "second"):
         started = time.perf_counter()
         problem = behind.save(Mark(2), models.engines, {}, exporter=exporter)

@@ -243,6 +243,7 @@ def test_a_background_save_holds_what_was_there_when_training_went_on(world: Wor
         assert behind.save(Mark(step), {"actor": engine}, {}) is None
         engine.step()
         assert behind.finish() is None
+        assert behind.pinned is not None and len(behind.pinned._arenas) == 1, "all of it was locked ahead"
         assert files_of("behind", step) == files_of("at once", step) and len(files_of("behind", step)) > 1
 
 

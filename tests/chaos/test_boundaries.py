@@ -159,13 +159,14 @@ def test_every_boundary(ground: Path, name: str) -> None:
     print(f"{name}: {len(found)} of {len(found)} boundaries")
 
 
-def test_left_inside_of_a_step_with_two_ranks_and_gone_on_with_one(ground: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_left_inside_of_a_step_with_two_ranks_and_gone_on_with_others(ground: Path, ranks: int) -> None:
     """The same weights, so the same next samples; what follows may round otherwise."""
     recipe, straight = all_boundaries(ground, "ppo, ZeRO-3")
-    run_dir = ground / "other ranks"
+    run_dir = ground / f"{ranks} ranks"
     assert run_ranks(train, 2, ground, recipe, run_dir, "never", [0] * 8 + [STOP]) == [75, 75]
     assert marks(run_dir) == [Mark(0, 9)]
-    assert run_ranks(train, 1, ground, recipe, run_dir, "auto", [0]) == [0]
+    assert run_ranks(train, ranks, ground, recipe, run_dir, "auto", [0]) == [0] * ranks
     assert sample_files(run_dir)["training-000001.jsonl"] == sample_files(straight)["training-000001.jsonl"]
     ours, theirs = ([line["actor/pg_loss"] for line in metrics(folder) if line["step"]] for folder in (run_dir, straight))
     assert ours == pytest.approx(theirs, abs=1e-4)
