@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import rlhf.trainers.rl
 from rlhf.config import load_config
+from rlhf.data import DrawSampler
 from rlhf.distributed import World
 from rlhf.guards import LEARNING, Action, Guard
 from tests.chaos.test_boundaries import GRPO, PPO
@@ -71,13 +73,26 @@ def test_goes_on_with_what_it_has_learnt() -> None:
 # Whole runs, two ranks; rank 1 alone is hit
 
 
+SPOILT = """
+
+import math
+import os
+
+
+def spoilt_letters(completions, **columns):
+    if os.path.exists(os.environ.get("SPOILT", "")):  # of the rank that this process scores for
+        return [math.nan] * len(completions)
+    return [sum(c < "n" for c in text) / 6 for text in completions]
+"""
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guards")
     make_model(folder / "base")
     write_jsonl(folder / "rows.jsonl", reversal_rows(200))
     (folder / "python").mkdir()
-    (folder / "python" / "e2e_rewards.py").write_text(REWARDS)
+    (folder / "python" / "e2e_rewards.py").write_text(REWARDS + SPOILT)
     return folder
 
 
@@ -89,7 +104,7 @@ def recipe_of(ground: Path, algorithm: dict[str, Any], stage: int, steps: int) -
         "deepspeed": {"zero_optimization": {"stage": stage}},
         "actor": {"path": ground / "base", "learning_rate": 2e-3},
         "data": {"train": {"path": ground / "rows.jsonl"}},
-        "reward": {"components": [{"function": "e2e_rewards:early_letters"}]},
+        "reward": {"components": [{"function": "e2e_rewards:spoilt_letters"}]},
         "rollout": {"prompts": 8, "group_size": 2, "max_new_tokens": 6},
         "algorithm": algorithm,
         "train": {"steps": steps, "bad_steps": 1, "micro_batch": 4},
@@ -99,7 +114,7 @@ def recipe_of(ground: Path, algorithm: dict[str, Any], stage: int, steps: int) -
     return write_recipe(ground / f"{algorithm['name']}-{stage}-{steps}.yaml", recipe)
 
 
-def spoil(where: str, world: World, bad: Callable[[int], bool]) -> None:
+def spoil(where: str, world: World, bad: Callable[[int], bool], run_dir: Path) -> None:
     """NaN at this place, on rank 1, in the steps that are to be bad."""
     real_learn, step_now = rlhf.trainers.rl.learn, {"step": 0}
 
@@ -145,10 +160,17 @@ def spoil(where: str, world: World, bad: Callable[[int], bool]) -> None:
 
         rlhf.trainers.rl.policy_loss = policy_loss
     else:
-        import e2e_rewards
+        real_next, marker, taken = DrawSampler.next, run_dir.with_name(f"{run_dir.name}.spoilt"), {"steps": 0}
+        if world.rank == 1:
+            os.environ["SPOILT"] = str(marker)  # its scorers inherit it
 
-        real_letters = e2e_rewards.letter_a
-        e2e_rewards.early_letters = lambda completions, **c: [math.nan] * len(completions) if now() else real_letters(completions)
+        def next_draws(sampler: DrawSampler, count: int) -> Any:
+            taken["steps"] += 1
+            if world.rank == 1:
+                marker.touch() if bad(taken["steps"]) else marker.unlink(missing_ok=True)
+            return real_next(sampler, count)
+
+        DrawSampler.next = next_draws  # type: ignore[method-assign]
 
 
 def train(world: World, ground: Path, recipe: Path, run_dir: Path, where: str, first: int, last: int) -> str:
@@ -156,7 +178,7 @@ def train(world: World, ground: Path, recipe: Path, run_dir: Path, where: str, f
     import sys
 
     sys.path.insert(0, str(ground / "python"))
-    spoil(where, world, lambda step: first <= step <= last)
+    spoil(where, world, lambda step: first <= step <= last, run_dir)
     try:
         with ExitStack() as cleanup:
             rlhf.trainers.rl.train_rl(load_config(recipe, [f"run_dir={run_dir}"]), world, "never", cleanup)
