@@ -29,12 +29,12 @@ CLASSES: dict[str, dict[str, Any]] = {
     "ppo, ZeRO-3": {"algorithm": PPO},
     "grpo with LoRA, one update, ZeRO-2": {"algorithm": GRPO, "actor": {"lora": {"r": 4}}, "deepspeed": "ds_configs/zero2.json"},
     "ppo, one update, ZeRO-1": {"algorithm": {**PPO, "epochs": 1, "minibatches": 1}, "deepspeed": "ds_configs/zero1.json"},
-    "grpo, three epochs, dropout, ZeRO-0": {
+    "grpo with LoRA, three epochs, ZeRO-0": {
         "algorithm": {**GRPO, "epochs": 3},
-        "actor": {"lora": {"r": 4, "dropout": 0.3}},
+        "actor": {"lora": {"r": 4}},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     },
-    "ppo, bf16, ZeRO-3": {"algorithm": PPO, "actor": {"dtype": "bf16"}, "critic": {"dtype": "bf16"}},
+    "ppo, bf16, ZeRO-3": {"algorithm": PPO, "actor": {"dtype": "bfloat16"}, "critic": {"dtype": "bfloat16"}},
 }
 
 
