@@ -49,7 +49,7 @@ ALL = [((a, r, d), (b, q, e)) for a, d in STAGES for b, e in STAGES if d == e fo
 @pytest.mark.parametrize(
     ("wrote", "reads", "lora"),
     [
-        pytest.param(*way, lora, marks=[] if way in WAYS and (not lora or way in WAYS[:2]) else pytest.mark.slow)
+        pytest.param(*way, lora, marks=[] if way in WAYS and lora == (way == WAYS[1]) else pytest.mark.slow)
         for way in dict.fromkeys([*WAYS, *ALL])
         for lora in (False, True)
     ],
