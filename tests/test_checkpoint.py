@@ -156,7 +156,7 @@ def test_background_saves_need_host_memory(tmp_path: Path, monkeypatch: pytest.M
     assert save(behind, 1) is None and not behind.writing and assert_usable(tmp_path, (1,)) == 1
 
 
-def test_a_failure_is_told_once_and_of_its_own_step(tmp_path: Path) -> None:
+def test_a_failure_is_told_once_and_of_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for background in (False, True):
         checkpoints = Checkpoints(tmp_path / str(background), single_world(), keep_last=9, background=background)
         files.before = at(1, fail)
@@ -166,6 +166,12 @@ def test_a_failure_is_told_once_and_of_its_own_step(tmp_path: Path) -> None:
         told += [checkpoints.save(Mark(step), {"actor": Engine()}, {}) for step in (2, 3)]
         assert [failure and failure.missing for failure in told] == ([None, Mark(1), None] if background else [Mark(1), None, None])
         assert checkpoints.finish() is None and names(checkpoints.folder) == ["checkpoint-2", "checkpoint-3", "latest"]
+        with monkeypatch.context() as full:
+            full.setattr(Checkpoints, "_no_room", lambda self, size: "no room")
+            told = [checkpoints.save(Mark(4), {"actor": Engine()}, {})]
+        told.append(checkpoints.save(Mark(5), {"actor": Engine()}, {}))
+        assert [failure and failure.missing for failure in told] == [Mark(4), None]
+        assert checkpoints.finish() is None
 
 
 def broken_export(world: World, folder: Path) -> list[Any]:
