@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import json
@@ -193,7 +194,8 @@ def test_nothing_outlives_a_killed_trainer(number: int, tmp_path: Path) -> None:
     while not path.exists() or len(members) < 5:
         assert trainer.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-        members = [p.pid for p in psutil.Process(trainer.pid).children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends while they are listed
+            members = [p.pid for p in psutil.Process(trainer.pid).children(recursive=True)]
     assert set(json.loads(path.read_text())) <= set(members)
     trainer.send_signal(number)
     trainer.wait(10)
