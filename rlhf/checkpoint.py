@@ -135,6 +135,8 @@ class Checkpoints:
         export = problem = ready = None
         try:
             export = exporter(self.pinned.now if self.pinned else copy_to_host) if exporter else None  # (collective)
+        except torch.OutOfMemoryError:  # of the device, while others wait in the same gathering: the job ends, and is started again
+            raise
         except Exception as error:  # no host memory, say: the others hear of it from the writer
             problem = f"{type(error).__name__}: {error}"
         contents = self._contents(engines, progress, self.pinned or copy_to_host)

@@ -194,6 +194,16 @@ def broken_export(world: World, folder: Path) -> list[Any]:
     return [seen, failure and failure.text, checkpoints.save(Mark(2), {"actor": Half(world.rank)}, {})]
 
 
+def test_a_device_without_memory_is_no_failed_save(tmp_path: Path) -> None:
+    """Others wait in the same gathering: this rank must not go on as if only its file were missing."""
+
+    def exporter(copy: Callable[[Tensor], Tensor]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Checkpoints(tmp_path, single_world(), keep_last=1).save(Mark(1), {"actor": Engine()}, {}, (), exporter)
+
+
 def test_an_export_that_fails_on_one_rank_ends_no_run(tmp_path: Path) -> None:
     for seen, text, later in run_ranks(broken_export, 2, tmp_path):
         assert seen == ["a", "b"] and "checkpoint-1 is not written: rank 0: MemoryError: no host memory" in text and later is None
