@@ -1,11 +1,12 @@
 """Kills jobs at random, and looks whether the supervisor brings each to the end of the run that nobody touched.
 
-    python scripts/chaos.py --kills 100 [--seed 0] [--first 0] [--jobs 1] [--ranks 2] [--algorithm ppo] [--shape 0.5B] [--out folder]
+    python scripts/chaos.py --kills 100 [--seed 0] [--first 0] [--jobs 1] [--ranks 2] [--algorithm ppo] [--shape 0.5B] [--out folder] [key=value ...]
 
 A job is PPO or GRPO on two ranks (of GPUs, if there are any, else CPU), in deterministic mode, under `scripts/supervise.sh deepspeed`. Each gets one
 SIGKILL: at a rank or at a process of the launcher; some time into a phase of a step, or at an operation of a checkpoint on a file (writing,
 syncing, renaming, deleting). It is right if in the end its weights, optimizer states and samples have the SHA-256 of the undisturbed run, and no
-process is left. JSON, a line for each kill, then one for all. Exit code 1 if one is not right.
+process is left. key=value changes the recipe of the killed ones only: what must not make a difference (checkpoint.background=true). JSON, a line for
+each kill, then one for all. Exit code 1 if one is not right.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def plan(seed: int, ranks: int, algorithm: str) -> str:
     return f"{rank} {who} file-{random_.randint(1, FILE_OPERATIONS[rank])} 0"
 
 
-def disturbed(recipe: Path, run_dir: Path, kill: str, expected: Callable[[], str], ranks: int = 2) -> dict[str, object]:
+def disturbed(
+    recipe: Path, run_dir: Path, kill: str, expected: Callable[[], str], ranks: int = 2, overrides: Sequence[str] = ()
+) -> dict[str, object]:
     """One job."""
     started = time.monotonic()
-    job = Job(recipe, run_dir, kill=kill, ranks=ranks)
+    job = Job(recipe, run_dir, *overrides, kill=kill, ranks=ranks)
     found: dict[str, object] = {"kill": kill}
     try:
         code = job.wait(600)
@@ -77,6 +80,7 @@ def main() -> int:
     parser.add_argument("--algorithm", choices=PHASES, default="ppo")
     parser.add_argument("--shape", choices=SHAPES, help="of a random model; default: two layers of 64")
     parser.add_argument("--out", type=Path, help="a new folder; default: a temporary one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for the killed jobs only")
     arguments = parser.parse_args()
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ def main() -> int:
 
     def one(number: int) -> dict[str, object]:
         kill = plan(1000 * arguments.seed + number, arguments.ranks, arguments.algorithm)
-        found = disturbed(recipe, folder / f"run-{number}", kill, expected.result, arguments.ranks)
+        found = disturbed(recipe, folder / f"run-{number}", kill, expected.result, arguments.ranks, arguments.overrides)
         print(json.dumps({"number": number, **found}), flush=True)
         return found
 
