@@ -722,6 +722,11 @@ class TrainEngine:
         """Of this rank's `state_files`, about."""
         return state.nbytes(self._own_parts(), self._torch_optimizer)
 
+    def states_to_come(self) -> int:
+        """Bytes that the first optimizer step will take of the device, and keep: under every ZeRO stage moments are made there. 0 once they are."""
+        parts = [part for part in self._parts() if part.master.device == self.world.device] if not self._offloaded else []
+        return state.to_come(parts, self._torch_optimizer)
+
     def hold(self, until: torch.cuda.Event) -> None:
         """The next change of weights and optimizer states waits for this, on the device: they are being copied."""
         self._held = until

@@ -168,7 +168,6 @@ class Held:
     master: float
     moments: float
     mlps: bool  # checkpointing of MLPs alone is possible
-    early: bool  # its moments exist before the first step
     step: float  # beside all that while weights are stepped, when activations are gone
     plain: float  # the whole model without adapters
     on_host: float  # pinned there (`offload`): weights, or master weights and moments
@@ -235,7 +234,6 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
         master=master,
         moments=moments,
         mlps=_has_mlps(module),
-        early=stage == 3,
         step=stepped,
         plain=float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n)),
         on_host=0.0,
@@ -376,10 +374,9 @@ def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, 
     working = working_bytes(architecture, sizes, dtype)
     page = shape.layers * 2 * sizes.page_size * shape.kv_dim * size
     pool = float(wanted_pages(sizes, longest) * page)
-    if capacity and not rollout.cache_tokens:  # made before the first step, when some moments are not there yet
-        missing = sum(h.moments for h in held.values() if not h.early)
+    if capacity and not rollout.cache_tokens:
         returning = sum(h.weights + h.visiting for h in held.values() if h.visiting)
-        free = capacity - sum(always.values()) - sum(own.values()) + missing - working - returning
+        free = capacity - sum(always.values()) - sum(own.values()) - working - returning
         pool = min(pool, max(0.0, free * rollout.memory_fraction))
     cache = {**own, "rollout: KV cache": pool}
     after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache

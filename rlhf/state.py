@@ -15,7 +15,7 @@ import json
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,11 +183,15 @@ def nbytes(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> int:
     """Of `files`, about; of an optimizer that has not stepped yet too, whose states come with its first step."""
 
     def states(part: Part) -> int:
-        if not (state := optimizer.state.get(part.master)):
-            return len(optimizer.defaults.get("betas", ())) or int(bool(optimizer.defaults.get("momentum")))
-        return sum(_like_master(value, part) for value in state.values())
+        return sum(_like_master(value, part) for value in optimizer.state.get(part.master, {}).values())
 
-    return sum(4 * part.count * (1 + states(part)) for part in parts)
+    return sum(4 * part.count * (1 + states(part)) for part in parts) + to_come(parts, optimizer)
+
+
+def to_come(parts: Iterable[Part], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of what the optimizer will keep of these parts from its first step on, and does not yet."""
+    each = len(optimizer.defaults.get("betas", ())) or int(bool(optimizer.defaults.get("momentum")))
+    return sum(4 * part.count * each for part in parts if not optimizer.state.get(part.master))
 
 
 def files(

@@ -44,7 +44,7 @@ from rlhf.rewards.compose import EarlyScorer
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rewards.pool import Pool
 from rlhf.rollout import EngineSettings, HybridEngine
-from rlhf.trainers.rl import Models, learn
+from rlhf.trainers.rl import Models, learn, memory_to_come
 from rlhf.types import Prompt, Rollout, Sampling, Scores
 from scripts.workloads import CHIPS, SHAPES, WORKLOADS, rollout_bound, scoring_flops, step_lengths
 
@@ -136,7 +136,8 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
             compile_layers(module)
         reference = FrozenEngine(module, settings, world, config.reference.offloaded)
     sizes = EngineSettings(max_batch=args.max_batch, cache_tokens=args.cache_tokens)
-    rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype)
+    engines, frozen = [model for model in (actor, critic) if model], [reference] if isinstance(reference, FrozenEngine) else []
+    rollout = HybridEngine(architecture, [0], 0, sizes, world.device, dtype, to_come=lambda: memory_to_come(engines, frozen))
     rewards: Any = None  # drawn at random instead
     together = 1 if {"together", "head"} & set(args.without) else scored_together(config, lean=rollout.lean, on_gpu=on_gpu)
     return Models(actor, critic, reference, rewards, rollout, together)

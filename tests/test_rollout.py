@@ -780,13 +780,27 @@ def test_the_recipe_reaches_the_engine(models: Path) -> None:
         "deepspeed": {"hybrid_engine": {"max_out_tokens": 12}},
     }
     config = parse_config({**recipe, "deterministic": True})
-    assert engine_settings(config, 77, 5) == EngineSettings(
-        max_batch=3, max_context=77, cache_tokens=640, memory_fraction=0.25, prefill_tokens=99, deterministic=True, reserve=5
+    assert engine_settings(config, 77) == EngineSettings(
+        max_batch=3, max_context=77, cache_tokens=640, memory_fraction=0.25, prefill_tokens=99, deterministic=True
     )  # fmt: skip
     assert not engine_settings(parse_config(recipe), 77).deterministic
     assert check_lengths(config, [Prompt([4] * 4, "", "test")], []) == 12
     with pytest.raises(ValueError, match=r"training prompt has 5 tokens.*hybrid_engine.max_out_tokens=12"):
         check_lengths(config, [Prompt([4] * 5, "", "test")], [])
+
+
+def test_the_cache_leaves_what_others_will_take(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments that the first optimizer step makes, most of all: else the second rollout makes another cache, and captures its graphs again."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=400_000))
+
+    def pages(to_come: int) -> int:
+        engine = rollout_engine(load("llama"), EOS, max_batch=64, page_size=4)
+        engine.to_come = lambda: to_come
+        engine.generate(some_prompts(2), [0, 1], 1, SAMPLING)
+        assert engine._loop is not None
+        return engine._loop.cache.pages
+
+    assert pages(100_000) == pages(0) // 2
 
 
 def test_a_deterministic_cache_is_whole_or_refused(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:

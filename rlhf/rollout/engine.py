@@ -39,7 +39,6 @@ class EngineSettings:
     max_context: int = 0  # most tokens of prompt and response; 0 = what the first call needs
     cache_tokens: int = 0  # tokens that the KV cache holds; 0 = what max_batch sequences need, as far as memory allows
     memory_fraction: float = 0.85  # of the memory that is free when the cache is made
-    reserve: int = 0  # bytes that are free when the cache is made, but not for it: others come back for them
     page_size: int = 64
     prefill_tokens: int = 16_384  # most prompt tokens in one forward
     look_every: int = 8  # decode steps between looks of the host (1 on CPU)
@@ -61,8 +60,10 @@ class HybridEngine:
         beat: Callable[[], None] = lambda: None,
         decode_text: Callable[[list[int]], str] | None = None,
         trust_remote_code: bool = False,
+        to_come: Callable[[], int] = lambda: 0,
     ):
-        """config: the actor's architecture. decode_text: token ids -> text, for stop texts.
+        """config: the actor's architecture. decode_text: token ids -> text, for stop texts. to_come: bytes of the device that others will take, or
+        take back, when the cache is made: it leaves them free.
 
         Raises ValueError that names the architecture if neither decoder computes it exactly."""
         if device.type == "cuda":
@@ -72,7 +73,7 @@ class HybridEngine:
                     f"rollout on {device}: kernels launch on the current device, {torch.cuda.current_device()}; call torch.cuda.set_device"
                 )
         self.config, self.settings, self.device, self.dtype = config, settings, device, dtype
-        self.pad_token_id, self.beat, self.decode_text = pad_token_id, beat, decode_text
+        self.pad_token_id, self.beat, self.decode_text, self.to_come = pad_token_id, beat, decode_text, to_come
         self.eos = torch.tensor(sorted(eos_token_ids), device=device)
         self.lean = is_lean(config)
         self._model: Any = None
@@ -254,11 +255,12 @@ class HybridEngine:
             return wanted
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(self.device)[0] - working_bytes(self.config, s, self.dtype) - s.reserve
+            free = torch.cuda.mem_get_info(self.device)[0] - working_bytes(self.config, s, self.dtype)
         else:
             import psutil
 
             free = psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        free -= self.to_come()
         pages = min(wanted, max(0, int(free * s.memory_fraction)) // page_bytes)
         if s.deterministic and pages < wanted:
             raise ValueError(

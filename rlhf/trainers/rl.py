@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -225,7 +225,7 @@ def build_models(run: Run, max_context: int, pool: Pool) -> Models:
     assert isinstance(run.tokenizer.pad_token_id, int)
     reference = _reference(run, actor) if config.uses_reference else None
     rewards = Rewards(config.reward, scorers, run.tokenizer, world, pool)
-    visiting = sum(model.visiting for model in frozen_engines(rewards, reference))
+    trained, frozen = [model for model in (actor, critic) if model], frozen_engines(rewards, reference)
     return Models(
         actor=actor,
         critic=critic,
@@ -235,11 +235,12 @@ def build_models(run: Run, max_context: int, pool: Pool) -> Models:
             without_dropout(read_architecture(config.actor, "actor")),
             ends,
             run.tokenizer.pad_token_id,
-            engine_settings(config, max_context, visiting),
+            engine_settings(config, max_context),
             world.device,
             model_dtype(config.actor, world.device),
             world.beat,
             trust_remote_code=config.actor.trust_remote_code,
+            to_come=lambda: memory_to_come(trained, frozen),
         ),
         together=scored_together(
             config, all(is_lean(read_architecture(role, name)) for name, role in roles(config) if name in ("actor", "reference")), run.on_gpu
@@ -247,7 +248,13 @@ def build_models(run: Run, max_context: int, pool: Pool) -> Models:
     )
 
 
-def engine_settings(config: Config, max_context: int, reserve: int = 0) -> EngineSettings:
+def memory_to_come(trained: Iterable[TrainEngine], frozen: Iterable[FrozenEngine]) -> int:
+    """Bytes of this rank's device that are free during a rollout and will not stay so: what an optimizer makes in its first step, and weights that
+    are on the host just now."""
+    return sum(model.states_to_come() for model in trained) + sum(model.visiting for model in frozen)
+
+
+def engine_settings(config: Config, max_context: int) -> EngineSettings:
     r = config.rollout
     return EngineSettings(
         max_batch=r.max_batch,
@@ -256,7 +263,6 @@ def engine_settings(config: Config, max_context: int, reserve: int = 0) -> Engin
         memory_fraction=r.memory_fraction,
         prefill_tokens=r.prefill_tokens,
         deterministic=bool(config.deterministic),
-        reserve=reserve,
     )
 
 
