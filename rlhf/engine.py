@@ -585,6 +585,8 @@ class TrainEngine:
         if self.stage == 0:
             self._engine.optimizer.register_step_pre_hook(self._norm_at_stage_0)
         self._offloaded = self._offload_states() if config.offloaded else None
+        if not self._offloaded:
+            state.begin(self._parts(), self._torch_optimizer)
 
     def _offload_states(self) -> OffloadedStates:
         """Where DeepSpeed 0.19.8 keeps flat master weights and the model's weights that are copied from them, group by group as it steps them."""

@@ -168,6 +168,7 @@ class Held:
     master: float
     moments: float
     mlps: bool  # checkpointing of MLPs alone is possible
+    passes: bool  # gradients are there from the first backward pass to the step only
     step: float  # beside all that while weights are stepped, when activations are gone
     plain: float  # the whole model without adapters
     on_host: float  # pinned there (`offload`): weights, or master weights and moments
@@ -185,7 +186,8 @@ class Held:
     @property
     def items(self) -> dict[str, float]:
         """What it holds in every phase."""
-        return {"weights": self.weights, "gradients": self.gradients, "master weights": self.master, "moments": self.moments}
+        gradients = 0.0 if self.passes else self.gradients
+        return {"weights": self.weights, "gradients": gradients, "master weights": self.master, "moments": self.moments}
 
 
 def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: int, on_gpu: bool = True) -> Held:
@@ -234,6 +236,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
         master=master,
         moments=moments,
         mlps=_has_mlps(module),
+        passes=stage == 2 or (stage == 1 and size == 4),  # DeepSpeed has another optimizer for ZeRO-1 in bf16
         step=stepped,
         plain=float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n)),
         on_host=0.0,
@@ -356,7 +359,7 @@ def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, 
         peak = {f"{name}: activations": h.forward.kept(), f"{name}: backward": h.forward.passing(backward=True)}
         if sum(peak.values()) < h.step:
             peak = {f"{name}: step": h.step}
-        return {f"{name}: gathered": h.gathered, f"{name}: buckets": h.buckets, **peak}
+        return {f"{name}: gathered": h.gathered, f"{name}: gradients": h.gradients, f"{name}: buckets": h.buckets, **peak}
 
     if config.task != "rl":
         (name,) = held

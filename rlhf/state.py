@@ -188,6 +188,23 @@ def nbytes(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> int:
     return sum(4 * part.count * (1 + states(part)) for part in parts) + to_come(parts, optimizer)
 
 
+def begin(parts: Iterable[Part], optimizer: torch.optim.Optimizer) -> None:
+    """Make what torch's Adam and AdamW would make in their first step, alike, so that a run's memory is what it will be from the beginning. Others, and
+    DeepSpeed's own, make theirs then."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or optimizer.defaults["amsgrad"] or optimizer.defaults["capturable"]:
+        return
+    for master in {id(part.master): part.master for part in parts}.values():
+        if not optimizer.state.get(master):
+            optimizer.state[master]["step"] = _steps(0.0, master, optimizer)
+            for key in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[master][key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+
+
+def _steps(number: float, master: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Where torch's own would make it."""
+    return torch.tensor(number, device=master.device if optimizer.defaults.get("fused") else "cpu")
+
+
 def to_come(parts: Iterable[Part], optimizer: torch.optim.Optimizer) -> int:
     """Bytes of what the optimizer will keep of these parts from its first step on, and does not yet."""
     each = len(optimizer.defaults.get("betas", ())) or int(bool(optimizer.defaults.get("momentum")))
@@ -240,8 +257,8 @@ def read(folder: Path, parts: Sequence[Part], names: Sequence[str], optimizer: t
             for key, value in scalars.items():
                 if isinstance(state.get(key), Tensor):
                     state[key].fill_(value)
-                elif key == "step":  # where torch's own would make it
-                    state[key] = torch.tensor(value, device=part.master.device if optimizer.defaults.get("fused") else "cpu")
+                elif key == "step":
+                    state[key] = _steps(value, part.master, optimizer)
                 else:
                     state[key] = value
             for key in files.kinds:

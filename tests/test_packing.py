@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -23,6 +24,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PhimoeConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -129,6 +131,11 @@ def test_values_and_scores_of_packed_rows() -> None:
     [
         (FalconConfig(**SMALL), "falcon.*attention interface"),
         (Gemma2Config(**BASE, head_dim=8), "gemma2.*attn_logit_softcapping"),
+        (
+            Llama4TextConfig(**BASE, attention_chunk_size=4, intermediate_size_mlp=64, num_local_experts=2, head_dim=8),
+            "llama4_text.*chunked_attention",
+        ),
+        (PhimoeConfig(**BASE, sliding_window=4), "phimoe.*looks back 4 by its mask, to the start by its call"),
         (MambaConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2), "mamba.*state-space"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.batching import in_groups, pack
@@ -107,14 +108,47 @@ def _in_groups(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, wi
     return torch.cat(done)
 
 
+def _mask_asked_for(
+    batch_size: int, q_length: int, kv_length: int, *_: Any, mask_function: Any, device: torch.device, local_size: int | None = None, **__: Any
+) -> Tensor:
+    """transformers' mask interface, under `CHECKED`: a mask without contents that knows its window. ValueError where it is neither causal nor a
+    sliding window."""
+    size = local_size or 7
+    for q in (2 * size + 5, 3 * size + 2):
+        for back in (-1, 0, 1, size - 1, size, size + 1):
+            place = [torch.tensor(i) for i in (0, 0, q, q - back)]
+            if bool(mask_function(*place)) != (back >= 0 and (local_size is None or back < local_size)):
+                raise ValueError("a mask that is neither causal nor a sliding window")
+    mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
+    mask.window = local_size  # type: ignore[attr-defined]
+    return mask
+
+
+def _attention_asked_for(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, sliding_window: int | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """`packed_attention`, which sees no mask, where the mask says no more than the call. ValueError where it does."""
+    if attention_mask is not None:
+        if not hasattr(attention_mask, "window"):
+            raise ValueError("its attention wants a mask or bias of its own")
+        if attention_mask.window != sliding_window:
+            raise ValueError(
+                f"its attention looks back {attention_mask.window or 'to the start'} by its mask, {sliding_window or 'to the start'} by its call"
+            )
+    return packed_attention(module, query, key, value, None, sliding_window=sliding_window, **options)
+
+
+CHECKED = "rlhf_packed_checked"
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(CHECKED, _attention_asked_for)
+ALL_MASK_ATTENTION_FUNCTIONS.register(CHECKED, _mask_asked_for)
 
 
-def pack_attention(model: nn.Module) -> None:
+def pack_attention(model: nn.Module, name: str = NAME) -> None:
     """From here on the model computes packed forwards, and no others."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._attn_implementation_internal = NAME  # type: ignore[attr-defined]
+            module.config._attn_implementation_internal = name  # type: ignore[attr-defined]
 
 
 def obstacle(model: PreTrainedModel, interface: bool = True) -> str | None:
@@ -142,11 +176,14 @@ def check_packing(config: PretrainedConfig, key: str, trust_remote_code: bool = 
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     if why := obstacle(model):
         raise refusal(why)
-    pack_attention(model)
+    if other := set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+        raise refusal(f"layers of type {sorted(other)}")
+    pack_attention(model, CHECKED)
     ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
     packed = pack([3, 2]).to(torch.device("meta"))
     announce(packed)
     try:
-        model.eval()(input_ids=ids, position_ids=packed.positions[None], use_cache=False, packed=packed)
+        mask = torch.ones_like(ids)  # without one, transformers would look for sequences in the positions, and add them to the mask
+        model.eval()(input_ids=ids, attention_mask=mask, position_ids=packed.positions[None], use_cache=False, packed=packed)
     except Exception as error:
         raise refusal(error) from error

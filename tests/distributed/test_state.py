@@ -81,4 +81,4 @@ def sizes(world: World, models: Path, stage: int, dtype: str) -> list[tuple[int,
 def test_the_size_is_known_before_the_first_step(models: Path, stage: int) -> None:
     """From which optimizers have their moments; memory and time for a first save are set aside before, and a rollout leaves them their memory."""
     (((before, to_come), (after, nothing)),) = run_ranks(sizes, 1, models, stage, "float32")
-    assert before == after and to_come == before * 2 // 3 and not nothing
+    assert before == after and not to_come and not nothing
