@@ -12,38 +12,48 @@ from typing import Any
 
 from rlhf import files
 from rlhf.config import Config, ModelConfig, Recomputed, TrainedModelConfig
-from rlhf.memory import GIB, Held, held_by, largest_forward, longest_row, plan_of
+from rlhf.memory import GIB, MARGIN, Held, held_by, largest_forward, longest_row, plan_of, releases
 
 ROUND = 256  # tokens: a budget is a multiple of it
 BUDGET = "budget.json"  # in the run folder: {key: value} of what was made smaller than the recipe has it, and under CHOSEN of what it leaves `auto`
 CHOSEN = "chosen"
-TOKENS = "train.micro_batch_tokens"
+TOKENS, RELEASE = "train.micro_batch_tokens", "rollout.release"
 Value = int | str  # of a key; bool is an int
 
 
 def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
-    """(key, next smaller value) of what a phase's memory depends on. ValueError where nothing can be made smaller."""
-    train = config.train
+    """(key, next smaller value) of what a phase's memory depends on: rows or tokens of a forward. When these can be no fewer, the rollout's memory is
+    given back for the phase. ValueError where nothing is left to change."""
+    train, can_release = config.train, config.task == "rl" and not releases(config)
     if phase == "set-up":
-        raise ValueError("out of memory before the first step: the models alone do not fit; use ZeRO-3 on more ranks, offload_optimizer, or LoRA")
+        raise ValueError(
+            "out of memory before the first step: the models alone, or the rollout's weights beside them, do not fit; use ZeRO-3 on more ranks, "
+            "offload_optimizer, or LoRA"
+        )
+    if phase in ("hand_over", "save_checkpoint"):  # no forward: no number of tokens helps
+        if can_release:
+            return RELEASE, True
+        raise ValueError(f"out of memory in phase {phase!r}, where only models are: use ZeRO-3 on more ranks, offload or LoRA")
     if config.task == "rl" and phase in ("gen", "testing"):
         key, value, least = "rollout.max_batch", config.rollout.max_batch // 2, 1
         mend = "lower rollout.memory_fraction, rollout.cache_tokens or rollout.prefill_tokens, or use more ranks under ZeRO-3"
     else:
         key, value, least = ("train.micro_batch", train.micro_batch // 2, 1)
-        mend = (
-            "set offload, gradient_checkpointing or rollout.release, lower rollout.memory_fraction or the longest row, or use more ranks under ZeRO-3"
-        )
+        mend = "set offload or gradient_checkpointing, lower the longest row, or use more ranks under ZeRO-3"
         if train.forward_tokens:
             key, value, least = TOKENS, int(train.forward_tokens * 0.8) // ROUND * ROUND, ROUND
             if largest_forward(config, longest) > train.forward_tokens:
                 value = 0  # a row has a forward of its own already
+    if value < least and can_release and phase not in ("gen", "testing"):
+        return RELEASE, True
     if value < least:
         raise ValueError(f"out of memory in phase {phase!r}, and {key} cannot be smaller: {mend}")
     return key, value
 
 
 def with_value(config: Config, key: str, value: Value) -> Config:
+    if key == "train.micro_batch":
+        return config.model_copy(update={"train": config.train.with_micro_batch(int(value))})
     changed: Config = _with(config, key.split("."), value)
     return changed
 
@@ -84,7 +94,7 @@ def read_budget(config: Config, origin: Path | None = None) -> Config:
             config = with_value(config, key, min(value, taken.get(key, value)) if key == TOKENS else value)
     for key, value in _kept(config.run_dir).items():
         now = value_of(config, key) if key != CHOSEN else None
-        if isinstance(now, int) and value < now:  # a recipe that budgets otherwise now is left alone
+        if isinstance(now, int) and (value < now or (key == RELEASE and value is True)):  # a recipe that budgets otherwise now is left alone
             config = with_value(config, key, value)
     return config
 
@@ -110,7 +120,6 @@ def write_budget(run_dir: Path, rank: int, key: str, value: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------------------
 # What the recipe leaves to the plan
 
-MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
 ENOUGH = (4_096, 8_192)  # tokens from which on a forward is efficient; fewer are worth a recomputation. The more the smaller a layer is:
 HIDES_HOST = 5e11  # multiply-adds of a layer's forward, 2 ms on an H100, beside which what it costs the host is believed to be hidden
 MOST = 49_152  # the most that was measured: an update of a 0.5B model with LoRA takes 27 % less time than with 32,768
@@ -166,7 +175,7 @@ def choose(
     for `plan_memory`. The budget of tokens is the largest whose update and scoring phases fit; offload and checkpointing are the least with which it
     is ENOUGH (or all there is), or those of the largest budget if it never is. By what they cost: frozen models leave, then the states of one trained
     role after the other, then (all these being gone) layers are computed again. So a larger device never means more offload, nor more recomputation
-    in all.
+    in all. Where all of it is not enough the KV cache gives way (`memory.plan_of`).
     """
     keys, longest = open_choices(config), longest or longest_row(config)
     without: dict[str, Value] = {key: WITHOUT_GPU[key.rsplit(".", 1)[-1]] for key in keys}
@@ -192,15 +201,15 @@ def choose(
         found |= {f"{sections[name]}.gradient_checkpointing": level for name, level in zip(recomputed, choice.levels, strict=True)}
         return found | {f"{sections[name]}.offload": name in choice.sent for name in movable}
 
-    def fullest(choice: _Choice, tokens: int) -> tuple[float, str]:
-        """(bytes, name) of the largest phase that depends on the choice."""
+    def fullest(choice: _Choice, tokens: int, give_way: bool = False) -> tuple[float, str]:
+        """(bytes, name) of the largest phase that depends on the choice. give_way: the KV cache, as far as it has to."""
         chosen, level = with_values(blank, values(choice, tokens)), dict(zip(recomputed, choice.levels, strict=True))
         size = largest_forward(chosen, longest)
         wanted = {}
         for name, h in held.items():
             forward = replace(h.forward, tokens=size, scored=size, checkpointing=level.get(name, h.forward.checkpointing))
             wanted[name] = replace(h.offloaded() if name in choice.sent else h, forward=forward)
-        plan = plan_of(chosen, wanted, ranks, longest, True, capacity)
+        plan = plan_of(chosen, wanted, ranks, longest, True, capacity, give_way)
         return max((plan.total(phase), phase) for phase in plan.phases if phase != "gen")
 
     row = longest * (2 if config.task == "reward_model" else 1)
@@ -213,15 +222,16 @@ def choose(
     layer = min(shape.block_params / shape.layers for shape in shapes)
     enough = min(max(ENOUGH[0], least, min(ENOUGH[1], int(HIDES_HOST / layer))), most)
 
-    def budget(choice: _Choice) -> int:
+    def budget(choice: _Choice, give_way: bool = False) -> int:
         """The largest that fits, by halving; 0 if none does."""
         low, high = 0, (most - least) // ROUND + 1  # steps above the least: all below `low` fit, those from `high` on are not to be tried
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if fullest(choice, least + middle * ROUND)[0] <= room else (low, middle)
+            low, high = (middle + 1, high) if fullest(choice, least + middle * ROUND, give_way)[0] <= room else (low, middle)
         return least + (low - 1) * ROUND if low else 0
 
     passed: list[tuple[int, _Choice]] = []
+    smaller_cache = ""
     ladder = _ladder(held, recomputed, movable, None if host is None else host * HOST_SHARE)
     for choice in ladder:
         tokens = budget(choice)
@@ -230,9 +240,11 @@ def choose(
         passed.append((tokens, choice))
     else:
         tokens, choice = max(reversed(passed), key=lambda found: found[0])
+        if (more := min(budget(ladder[-1], give_way=True), enough)) > tokens:  # nothing is left but a smaller KV cache
+            tokens, choice, smaller_cache = more, ladder[-1], ", beside a KV cache that has the rest"
     found = values(choice, tokens or least)
-    size, phase = fullest(choice, tokens or least)
-    why = f"{phase} takes {size / GIB:.1f} of {gib}"
+    size, phase = fullest(choice, tokens or least, give_way=bool(smaller_cache))
+    why = f"{phase} takes {size / GIB:.1f} of {gib}{smaller_cache}"
     most_sent = ladder[-1].sent
     if host is not None and any(other.sent == most_sent for _, other in passed) and len(most_sent) < len(_worth_sending(held, movable)):
         why += f", and no more can be offloaded to the {host / GIB:.1f} GiB that a rank has on the host"

@@ -32,7 +32,7 @@ from torch import Tensor
 from rlhf import files
 from rlhf.distributed import World
 from rlhf.files import Written
-from rlhf.memory import host_capacity
+from rlhf.memory import host_capacity, is_out_of_memory
 from rlhf.requests import CONTROL
 from rlhf.state import Copy, PinnedCopies, TensorFile, copy_to_host
 
@@ -135,9 +135,9 @@ class Checkpoints:
         export = problem = ready = None
         try:
             export = exporter(self.pinned.now if self.pinned else copy_to_host) if exporter else None  # (collective)
-        except torch.OutOfMemoryError:  # of the device, while others wait in the same gathering: the job ends, and is started again
-            raise
         except Exception as error:  # no host memory, say: the others hear of it from the writer
+            if is_out_of_memory(error):  # of the device, while others wait in the same gathering: the job ends, and is started again
+                raise
             problem = f"{type(error).__name__}: {error}"
         contents = self._contents(engines, progress, self.pinned or copy_to_host)
         facts = {"step": mark.step, "part": mark.part, "world_size": self.world.size, **state}

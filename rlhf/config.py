@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from rlhf.secrets import HIDDEN, masked, secrets_in
 
@@ -238,7 +238,11 @@ class RolloutConfig(Section):
         0, ge=0, description="tokens that the KV cache of a rank holds; 0 = what max_batch sequences need, as far as memory allows"
     )
     memory_fraction: float = Field(
-        0.5, gt=0, lt=1, description="share of the memory that is free at the first rollout which the KV cache may take; the update needs the rest"
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of the memory that is free at the first rollout which the KV cache may take; less where the memory plan has no room for "
+        "an update beside it",
     )
     prefill_tokens: int = Field(16_384, ge=1, description="most prompt tokens in one forward")
     release: bool = Field(
@@ -409,6 +413,17 @@ class TrainConfig(Section):
         10, ge=1, description="steps between comparisons of what must be the same on all ranks; besides at step 1 and before every checkpoint"
     )
     packing: bool = Field(True, description="no padding: rows one behind the other in one forward; false = padded to the longest row of a forward")
+    _before: int | None = PrivateAttr(None)
+
+    @property
+    def given_micro_batch(self) -> int:
+        """`micro_batch` as the recipe has it, which a DeepSpeed JSON may repeat: of what memory had room for it knows nothing."""
+        return self._before or self.micro_batch
+
+    def with_micro_batch(self, rows: int) -> TrainConfig:
+        changed = self.model_copy(update={"micro_batch": rows})
+        changed._before = self.given_micro_batch
+        return changed
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -890,7 +905,7 @@ def role_settings(config: Config, role: ModelConfig, *, world_size: int, on_gpu:
         config.deepspeed if role.deepspeed is None else role.deepspeed,
         dtype=dtype,
         trained=trained,
-        micro_batch=config.train.micro_batch,
+        micro_batch=config.train.given_micro_batch,
         world_size=world_size,
         max_grad_norm=role.max_grad_norm if isinstance(role, TrainedModelConfig) else 0.0,
         on_gpu=on_gpu,

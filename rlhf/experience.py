@@ -48,6 +48,15 @@ def scored_together(config: Config, lean: bool, on_gpu: bool) -> int:
     return 4 if on_gpu and config.train.packing and lean and not layers_again else 1
 
 
+def needs_old_logprobs(config: Config, step: int) -> bool:
+    """Whether the policy is scored before the update. In a step with one update its own logprobs are the old ones, exactly: the ratio is 1. Only a KL
+    penalty in the reward needs them before."""
+    algorithm = config.algorithm
+    single = algorithm.epochs * algorithm.minibatches == 1 and step > algorithm.critic_warmup_steps
+    penalised = algorithm.kl.place == "reward" and config.uses_reference
+    return not single or penalised
+
+
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:
     """All ranks' rows, ordered by (draw, sample). `prompts`: draw -> prompt, known on every rank. (collective)"""
     window = local.rollout_logprobs.shape[1]
@@ -109,7 +118,7 @@ def make_experience(
     """Everything the update needs. (collective)
 
     `plan` should be the first epoch's update plan: then old logprobs and the update's first logprobs come from the same forwards and
-    are the same bits in float32 (trap 2). Without a pass for old logprobs, they are left to the update (`rl.needs_old_logprobs`).
+    are the same bits in float32 (trap 2). Without a pass for old logprobs, they are left to the update (`needs_old_logprobs`).
     `scored` waits for the scores; it is called once reference and critic have passed, which need none: slow scorers go on meanwhile. (collective)
     """
     progress = progress or Progress()

@@ -29,7 +29,7 @@ from rlhf.config import (
     role_settings,
     shares_base,
 )
-from rlhf.experience import scored_together
+from rlhf.experience import needs_old_logprobs, scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
 from rlhf.models.checkpointing import decoder_layers, mlps
 from rlhf.models.fused import FAMILIES, fuse
@@ -40,11 +40,12 @@ from rlhf.offload import PART, SLOTS
 from rlhf.ops.head import CHUNK_BYTES
 from rlhf.rollout import EngineSettings
 from rlhf.rollout.decoder import is_lean
-from rlhf.rollout.engine import wanted_pages, working_bytes
+from rlhf.rollout.engine import least_pages, wanted_pages, working_bytes
 
 GIB = 2**30
 CONTEXT = 0.8 * GIB  # CUDA context, kernels, cuBLAS workspaces
 NCCL = 1.0 * GIB  # its buffers, once there are several ranks
+MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
 LIVE = 500_000_000  # elements that ZeRO-3 leaves gathered: half of stage3_max_reuse_distance, as the backward pass comes back over them
 PREFETCHED = 50_000_000  # and gathers ahead: stage3_prefetch_bucket_size
 
@@ -290,6 +291,7 @@ class Plan:
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     capacity: int | None = None  # of the device, where there is one
     on_host: dict[str, float] = field(default_factory=dict)  # pinned by each rank, by role
+    cache: float | None = None  # bytes that the KV cache may have, where more would leave the other phases too little
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -342,14 +344,32 @@ def host_capacity(ranks: int, system: Path = Path("/")) -> int | None:
 
 def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, longest: int | None = None, on_gpu: bool = True) -> Plan:
     """roles: as `preflight.roles` lists them; longest: tokens of the longest row, if the data is known. The KV cache is bounded by the device, if
-    there is one; else it has all that it asks for. Raises ValueError as `held_by` does."""
+    there is one, and by what the other phases need beside it; else it has all that it asks for. Raises ValueError as `held_by` does."""
     longest = longest or longest_row(config)
     held = {name: held_by(config, name, role, ranks, longest, on_gpu) for name, role in roles}
     return plan_of(config, held, ranks, longest, on_gpu, device_capacity())
 
 
-def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None) -> Plan:
-    """The same from what the roles hold; capacity: bytes of the device, None without one."""
+def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None, give_way: bool = True) -> Plan:
+    """The same from what the roles hold; capacity: bytes of the device, None without one. give_way: the KV cache has no more than the other phases
+    leave it, where it is neither given (`rollout.cache_tokens`) nor released before them."""
+    plan = _plan_of(config, held, ranks, longest, on_gpu, capacity, None)
+    if not give_way or not capacity or config.task != "rl" or config.rollout.cache_tokens or releases(config):
+        return plan
+    missing = max(plan.total(phase) for phase in plan.phases if phase != "gen") - capacity * (1 - MARGIN)
+    if missing <= 0:
+        return plan
+    return _plan_of(config, held, ranks, longest, on_gpu, capacity, plan.phases["gen"].get("rollout: KV cache", 0.0) - missing)
+
+
+def releases(config: Config) -> bool:
+    """Whether the rollout's memory is given back before anything is scored or learnt."""
+    return config.rollout.release or bool(hybrid_engine_words(config)["release"])
+
+
+def _plan_of(
+    config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None, most_cache: float | None
+) -> Plan:
     always = {"CUDA" + (" and NCCL" if ranks > 1 else ""): CONTEXT + (NCCL if ranks > 1 else 0.0)}
     always |= {f"{name}: {item}": value for name, h in held.items() for item, value in h.items.items() if value}
     plan = Plan(capacity=capacity, on_host={name: h.on_host for name, h in held.items() if h.on_host})
@@ -381,17 +401,21 @@ def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, 
         returning = sum(h.weights + h.visiting for h in held.values() if h.visiting)
         free = capacity - sum(always.values()) - sum(own.values()) - working - returning
         pool = min(pool, max(0.0, free * rollout.memory_fraction))
+    if most_cache is not None:  # at least one sequence
+        plan.cache = pool = min(pool, max(most_cache, float(least_pages(sizes, longest) * page)))
     cache = {**own, "rollout: KV cache": pool}
-    after = {} if rollout.release or hybrid_engine_words(config)["release"] else cache
+    after = {} if releases(config) else cache
 
     # Frozen models come before they score, all at once. Each reward model goes then, the reference after the last scoring forward.
     visitors = {f"{name}: weights": h.weights + h.visiting for name, h in held.items() if h.visiting}
     visiting = {item: value for item, value in visitors.items() if item == "reference: weights"}
     judges = {name: h.gathered + h.forward.passing(backward=False) for name, h in held.items() if not h.trained and name != "reference"}
 
-    def score(name: str) -> dict[str, float]:
+    several = scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held), on_gpu)
+
+    def score(name: str, together: int = several) -> dict[str, float]:
         h = held[name]
-        f, together = h.forward, scored_together(config, lean and all(held[n].forward.chunked for n in ("actor", "reference") if n in held), on_gpu)
+        f = h.forward
         wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.mlp, f.norm, chunked=f.chunked)
         return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
@@ -406,6 +430,8 @@ def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, 
         plan.phases["ref"] = _present(always | after | score("reference" if "reference" in held else "actor"))
     if "critic" in held:
         plan.phases["values"] = _present(always | after | score("critic"))
+    if needs_old_logprobs(config, config.train.steps or 1):
+        plan.phases["old_log_prob"] = _present(always | after | score("actor", 1))
     for name in ("actor", "critic"):
         if name in held:
             plan.phases[f"update_{name}"] = _present(always | after | update(name))
@@ -418,6 +444,12 @@ def _present(items: dict[str, float]) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------------------------------------------
 # Measured
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Of the device, whoever found out: torch's allocator, CUDA (for a graph, say), cuBLAS, NCCL or Triton."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and ("out of memory" in text or "alloc_failed" in text))
 
 
 class MemoryMeter:

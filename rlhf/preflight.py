@@ -32,7 +32,9 @@ from rlhf.models.loading import load_tokenizer, read_architecture, read_tokenize
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing
 from rlhf.rewards.functions import FunctionReward
+from rlhf.rollout import EngineSettings
 from rlhf.rollout.decoder import is_lean
+from rlhf.rollout.engine import check_cache
 from rlhf.rollout.generic import refuse_unsupported
 from rlhf.secrets import masked
 
@@ -50,6 +52,11 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         architecture = read_architecture(role, name)
         if config.train.packing:
             check_packing(architecture, name, role.trust_remote_code)
+        if isinstance(role, TrainedModelConfig) and role.lora:
+            try:
+                blank_model(role, architecture, name not in ("actor", "reference"), torch.bfloat16)
+            except ValueError as error:
+                raise ValueError(f"{name}.lora: {error}") from None
         if isinstance(role, TrainedModelConfig) and role.gradient_checkpointing == "mlp":
             mlps(_blank(name, role, architecture), name)
         settings = role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
@@ -58,6 +65,7 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
     if config.task == "rl":
         hybrid_engine_words(config)
         refuse_unsupported(read_architecture(config.actor, "actor"), config.rollout.max_new_tokens)
+        check_cache(EngineSettings(cache_tokens=config.rollout.cache_tokens), config.rollout.max_new_tokens + 1)  # the data may be longer
         _check_tokenizers(config)
         for i, component in enumerate(config.reward.components):
             if component.function:

@@ -189,8 +189,8 @@ def nbytes(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> int:
 
 
 def begin(parts: Iterable[Part], optimizer: torch.optim.Optimizer) -> None:
-    """Make what torch's Adam and AdamW would make in their first step, alike, so that a run's memory is what it will be from the beginning. Others, and
-    DeepSpeed's own, make theirs then."""
+    """Make what torch's Adam and AdamW would make in their first step, alike, so that a run's memory is from the beginning what it will be. Others,
+    and DeepSpeed's own, make theirs then."""
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or optimizer.defaults["amsgrad"] or optimizer.defaults["capturable"]:
         return
     for master in {id(part.master): part.master for part in parts}.values():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.batching import MicroBatchPlan, collate, in_groups, merged, pack, pad_rows, plan_micro_batches, split_minibatches
+from scripts.workloads import step_lengths
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=50)
 
@@ -48,6 +49,19 @@ def test_forwards_are_full_and_equal(ranks: int, tokens: int) -> None:
     loads = np.array([[sum(lengths[row] for row in part.rows) for part in plan] for plan in plans])
     assert loads.sum() / (loads.size * tokens) > (0.97 if ranks < 8 else 0.9)
     assert loads.max(0).sum() <= 1.02 * loads.mean(0).sum()  # every forward takes as long as its longest
+
+
+@pytest.mark.parametrize("tokens", [16_384, 32_768, 49_152])
+@pytest.mark.parametrize("workload", "ABVT")
+def test_no_forward_too_many_for_the_workloads(workload: str, tokens: int) -> None:
+    """Full where lengths allow it: 256 rows of 640 tokens (T) take three forwards of 32,768 on two ranks, however they are dealt."""
+    _, _, before, responses = step_lengths(workload, 1.0)
+    lengths = (responses + before).tolist()
+    alike = -(-len(lengths) // (tokens // lengths[0])) if min(lengths) == max(lengths) else 0
+    for ranks in (1, 2):
+        forwards = len(plan_micro_batches(range(len(lengths)), lengths, 1, ranks, 0, tokens))
+        least = -(-max(alike, -(-sum(lengths) // tokens)) // ranks)
+        assert forwards == least or sum(lengths) > 0.97 * tokens * ranks * forwards
 
 
 @given(sizes, st.integers(1, 9))

@@ -757,7 +757,7 @@ def test_a_cache_for_less_than_one_sequence_is_refused() -> None:
     enough = rollout_engine(wide_model("llama"), ENDS, page_size=4, cache_tokens=52)
     assert_expected(generate(enough, prompts, list(range(9)), SAMPLES, WIDE_SAMPLING), "llama", list(range(9)))
     starved = rollout_engine(wide_model("llama"), ENDS, memory_fraction=1e-12)
-    with pytest.raises(ValueError, match=r"are free for the KV cache.*lower rollout.max_new_tokens or data.max_prompt_tokens"):
+    with pytest.raises(ValueError, match=r"are to be had for the KV cache.*lower rollout.max_new_tokens or data.max_prompt_tokens"):
         starved.generate(prompts, list(range(9)), 1, WIDE_SAMPLING)
 
 

@@ -16,17 +16,17 @@ from rlhf.types import Rollout
 
 class RewardModel:
     """(score at the last token - mean) / std; mean and std come with the model's folder (`models.loading.score_statistics`).
-    release: called when a rollout has been scored (`FrozenEngine.release`)."""
+    train: with the budget of a forward as it is by then. release: called when a rollout has been scored (`FrozenEngine.release`)."""
 
     def __init__(
-        self, forward: Forward, mean: float, std: float, train: TrainConfig, world: World, release: Callable[[], None] = lambda: None
+        self, forward: Forward, mean: float, std: float, train: Callable[[], TrainConfig], world: World, release: Callable[[], None] = lambda: None
     ) -> None:
         self.forward, self.mean, self.std, self.train, self.world, self.release = forward, mean, std, train, world, release
 
     def score(self, rollout: Rollout) -> Tensor:
         """[B] float32 for all rows of the rollout, each rank computing its share. (collective)"""
         lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-        train, world = self.train, self.world
+        train, world = self.train(), self.world
         plan = plan_micro_batches(range(len(rollout)), lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)
         own = self._share(rollout, plan, lengths)
         self.release()
@@ -39,7 +39,7 @@ class RewardModel:
         for part in plan:
             own = [lengths[r] for r in part.rows]
             ids = rollout.input_ids[part.rows, : max(own)].to(self.world.device)
-            packed = pack(own).to(ids.device) if self.train.packing else None
+            packed = pack(own).to(ids.device) if self.train().packing else None
             result = last_token_scores(self.forward, ids, torch.tensor(own, device=ids.device), packed)
             if not part.weightless:
                 rows += part.rows

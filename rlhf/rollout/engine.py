@@ -61,9 +61,10 @@ class HybridEngine:
         decode_text: Callable[[list[int]], str] | None = None,
         trust_remote_code: bool = False,
         to_come: Callable[[], int] = lambda: 0,
+        most_cache: Callable[[], float | None] = lambda: None,
     ):
         """config: the actor's architecture. decode_text: token ids -> text, for stop texts. to_come: bytes of the device that others will take, or
-        take back, when the cache is made: it leaves them free.
+        take back, when the cache is made: it leaves them free. most_cache: bytes that it may have in any case, if that is bounded.
 
         Raises ValueError that names the architecture if neither decoder computes it exactly."""
         if device.type == "cuda":
@@ -73,7 +74,8 @@ class HybridEngine:
                     f"rollout on {device}: kernels launch on the current device, {torch.cuda.current_device()}; call torch.cuda.set_device"
                 )
         self.config, self.settings, self.device, self.dtype = config, settings, device, dtype
-        self.pad_token_id, self.beat, self.decode_text, self.to_come = pad_token_id, beat, decode_text, to_come
+        self.pad_token_id, self.beat, self.decode_text = pad_token_id, beat, decode_text
+        self.to_come, self.most_cache = to_come, most_cache
         self.eos = torch.tensor(sorted(eos_token_ids), device=device)
         self.lean = is_lean(config)
         self._model: Any = None
@@ -243,14 +245,11 @@ class HybridEngine:
 
     def _pages(self, max_context: int, page_bytes: int) -> int:
         s = self.settings
-        least = -(-max_context // s.page_size) + 3  # one sequence, the holder's partial page, the page of nobody
+        check_cache(s, max_context)
+        least = least_pages(s, max_context)
         wanted = wanted_pages(s, max_context)
         if not s.cache_tokens:
             wanted = max(wanted, least)
-        elif wanted < least:
-            raise ValueError(
-                f"rollout.cache_tokens={s.cache_tokens}: one sequence of {max_context} tokens needs at least {(least - 1) * s.page_size}"
-            )
         if s.cache_tokens:
             return wanted
         if self.device.type == "cuda":
@@ -261,16 +260,18 @@ class HybridEngine:
 
             free = psutil.virtual_memory().available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         free -= self.to_come()
-        pages = min(wanted, max(0, int(free * s.memory_fraction)) // page_bytes)
+        allowed, most = free * s.memory_fraction, self.most_cache()
+        allowed = allowed if most is None else min(allowed, most)
+        pages = min(wanted, max(0, int(allowed)) // page_bytes)
         if s.deterministic and pages < wanted:
             raise ValueError(
                 f"rollout: a KV cache for {s.max_batch} sequences of {max_context} tokens needs {wanted * page_bytes / 2**30:.1f} GiB, "
-                f"{free * s.memory_fraction / 2**30:.1f} are to be had, and with deterministic=true its size may not depend on that: set "
+                f"{allowed / 2**30:.1f} are to be had, and with deterministic=true its size may not depend on that: set "
                 "rollout.cache_tokens, or lower rollout.max_batch"
             )
         if pages < least:
             raise ValueError(
-                f"rollout: {free / 2**30:.1f} GiB are free for the KV cache, and one sequence of {max_context} tokens needs "
+                f"rollout: {allowed / 2**30:.1f} GiB are to be had for the KV cache, and one sequence of {max_context} tokens needs "
                 f"{least * page_bytes / 2**30:.1f}: lower rollout.max_new_tokens or data.max_prompt_tokens"
             )
         return pages
@@ -320,6 +321,21 @@ class HybridEngine:
         finally:
             sys.setswitchinterval(switch)
         return call.rollout()
+
+
+def least_pages(settings: EngineSettings, max_context: int) -> int:
+    """One sequence, the holder's partial page, the page of nobody."""
+    return -(-max_context // settings.page_size) + 3
+
+
+def check_cache(settings: EngineSettings, max_context: int) -> None:
+    """ValueError where `cache_tokens` are fewer than one sequence of so many tokens needs."""
+    least = least_pages(settings, max_context)
+    if settings.cache_tokens and wanted_pages(settings, max_context) < least:
+        raise ValueError(
+            f"rollout.cache_tokens={settings.cache_tokens}: one sequence of {max_context} tokens needs at least {(least - 1) * settings.page_size}; "
+            "raise it, or leave it out"
+        )
 
 
 def wanted_pages(settings: EngineSettings, max_context: int) -> int:

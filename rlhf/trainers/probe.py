@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf.budget import smaller, with_value, write_budget
 from rlhf.config import Config, TrainedModelConfig
-from rlhf.memory import blank_model, largest_forward
+from rlhf.memory import blank_model, is_out_of_memory, largest_forward
 from rlhf.models.checkpointing import decoder_layers, recompute
 from rlhf.models.compiling import compile_layers
 from rlhf.models.loading import model_dtype, read_architecture, without_dropout
@@ -54,11 +54,10 @@ def fits(run: Run, name: str, loss: Loss) -> bool:
         with torch.random.fork_rng(devices=[run.world.device] if run.on_gpu else []):  # what a checkpoint has restored goes on as it was
             _try(run, name, loss)
         done = True
-    except torch.OutOfMemoryError:
-        done = False
     except Exception as error:  # a stand-in that cannot be made says nothing about memory, and is no reason not to train
-        run.console.message(f"{name}: memory was not tried before the first step: {error}")
-        done = True
+        done = not is_out_of_memory(error)
+        if done:
+            run.console.message(f"{name}: memory was not tried before the first step: {error}")
     gc.collect()  # outside of the handler: the error holds the frames, and with them the tensors
     if run.on_gpu:
         torch.cuda.empty_cache()
@@ -76,13 +75,14 @@ def _try(run: Run, name: str, loss: Loss) -> None:
 
 
 def _still_to_come(run: Run, name: str) -> float:
-    """Bytes that the plan has in the update beside activations and that are not there yet; 0 on CPU."""
+    """Bytes that the plan has in the update beside activations, or what comes when they are gone, and that are not there yet; 0 on CPU."""
     items = run.plan.phases.get(f"update_{name}", {})
     if not run.on_gpu or not items:
         return 0.0
     free, total = torch.cuda.mem_get_info()
+    passing = [f"{name}: {item}" for item in ("activations", "backward", "step")]
     used = total - free - (torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
-    return sum(value for item, value in items.items() if item not in (f"{name}: activations", f"{name}: backward")) - used
+    return sum(value for item, value in items.items() if item not in passing) - used
 
 
 def stand_in(role: TrainedModelConfig, name: str, packing: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -24,9 +24,18 @@ from rlhf.config import AlgorithmConfig, Config, RewardComponentConfig, critic_o
 from rlhf.data import DrawSampler, load_prompts
 from rlhf.distributed import World
 from rlhf.engine import FrozenEngine, StepResult, TrainEngine, loading_context
-from rlhf.experience import ExperiencePasses, gather_results, gather_rollout, kl_per_response, make_experience, scored_together
+from rlhf.experience import (
+    ExperiencePasses,
+    gather_results,
+    gather_rollout,
+    kl_per_response,
+    make_experience,
+    needs_old_logprobs,
+    scored_together,
+)
 from rlhf.files import write_tensors
 from rlhf.guards import tensors_of, unusable
+from rlhf.memory import releases
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
 from rlhf.models.compiling import compile_layers
 from rlhf.models.forward import response_logprobs, response_values
@@ -53,6 +62,7 @@ from rlhf.rewards.model import RewardModel
 from rlhf.rewards.pool import Pool
 from rlhf.rollout import EngineSettings, HybridEngine
 from rlhf.rollout.decoder import is_lean
+from rlhf.rollout.engine import check_cache
 from rlhf.trainers.probe import Loss, fit_budget
 from rlhf.trainers.run import Best, Run, device_peak_flops, start_run
 from rlhf.trainers.validation import Validator, share_out, write_training_samples
@@ -70,9 +80,10 @@ class Models:
     hybrid_engine: HybridEngine
     together: int = 1  # `scored_together`
 
-    def fetch(self) -> None:
-        """What is to be scored next sets out for the device, where `offload` keeps its weights on the host."""
-        for model in frozen_engines(self.rewards, self.reference):
+    def fetch(self, progress: Progress | None = None) -> None:
+        """What is to be scored next sets out for the device, where `offload` keeps its weights on the host; not what the step has scored already."""
+        scored = [name for name in ("reward models", "ref") if progress and progress.kept(name) is not None]
+        for model in frozen_engines(self.rewards if "reward models" not in scored else None, self.reference if "ref" not in scored else None):
             model.fetch()
 
     @property
@@ -127,7 +138,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         fit_budget(run, probes(models))  # (collective)
         config = run.config
     layout = weight_layout(models.actor.module)
-    release = config.rollout.release or hybrid_engine_words(config)["release"]
+    release = releases(config)
 
     def hand_over() -> None:  # (collective)
         models.actor.hand_over(layout, models.hybrid_engine)
@@ -170,7 +181,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         if made_before:
             early.take(rollout, range(world.rank, len(rollout), world.size) if progress.kept("scores") is None else ())
         with timer.phase("reward"):
-            models.fetch()
+            models.fetch(progress)
         by_models = progress.once("reward models", judged) if models.rewards.has_models else {}
         experience, update = learn(models, config, timer, rollout, scored, step, kl_controller.coef, world, progress)
         metrics = describe_experience(experience, kl_controller.coef) | update.metrics()  # (collective)
@@ -241,6 +252,7 @@ def build_models(run: Run, max_context: int, pool: Pool) -> Models:
             world.beat,
             trust_remote_code=config.actor.trust_remote_code,
             to_come=lambda: memory_to_come(trained, frozen),
+            most_cache=lambda: run.plan.cache,
         ),
         together=scored_together(
             config, all(is_lean(read_architecture(role, name)) for name, role in roles(config) if name in ("actor", "reference")), run.on_gpu
@@ -292,19 +304,19 @@ def _scorer(run: Run, component: RewardComponentConfig, actor: TrainEngine) -> F
     role, key = component.model, f"reward model {component.label}"
     assert role.path is not None
     settings = run.settings(role)
-    train, dtype = run.config.train, model_dtype(role, run.world.device)
+    packing, dtype = run.config.train.packing, model_dtype(role, run.world.device)
     module: nn.Module
     if role.share_base:
         placement = loading_context(settings, run.world, frozen_base(actor.module))
         body = role.model_copy(update={"path": run.config.actor.path})
-        module = load_adapter(load_scalar_model(body, key, placement, run.world, dtype, "zero", train.packing), role.path)
+        module = load_adapter(load_scalar_model(body, key, placement, run.world, dtype, "zero", packing), role.path)
     else:
-        module = load_scalar_model(role, key, loading_context(settings, run.world), run.world, dtype, "keep", train.packing)
+        module = load_scalar_model(role, key, loading_context(settings, run.world), run.world, dtype, "keep", packing)
     if role.compile:
         compile_layers(module)
     mean, std = score_statistics(role.path)
     engine = FrozenEngine(module, settings, run.world, role.offloaded)
-    return RewardModel(engine, mean, std, train, run.world, engine.release)
+    return RewardModel(engine, mean, std, lambda: run.config.train, run.world, engine.release)  # whose budget may become smaller
 
 
 def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple[list[Prompt], list[str]]:
@@ -322,7 +334,8 @@ def separate(prompts: list[Prompt], held_out: list[Prompt], drop: bool) -> tuple
 
 
 def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> int:
-    """The most tokens of any prompt with its response. ValueError if they would not fit the actor's positions, or what a DeepSpeed JSON allows."""
+    """The most tokens of any prompt with its response. ValueError if they would not fit the actor's positions, the KV cache that the recipe gives, or
+    what a DeepSpeed JSON allows."""
     most, allowed = 0, hybrid_engine_words(config)["max_context"]
     positions = getattr(read_architecture(config.actor, "actor").get_text_config(), "max_position_embeddings", None)
     window = config.rollout.max_new_tokens
@@ -339,6 +352,7 @@ def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt])
                 f"hybrid_engine.max_out_tokens={allowed} of the DeepSpeed JSON: raise it, or lower data.max_prompt_tokens or max_new_tokens"
             )
         most = max(most, longest + new if rows else 0)
+    check_cache(engine_settings(config, most), most)
     return most
 
 
@@ -353,15 +367,6 @@ def _accuracy_metric(prompts: list[Prompt]) -> str:
 
 def sampling(config: Config) -> Sampling:
     return Sampling(config.rollout.max_new_tokens, config.rollout.temperature, seed=config.seed)
-
-
-def needs_old_logprobs(config: Config, step: int) -> bool:
-    """Whether the policy is scored before the update. In a step with one update its own logprobs are the old ones, exactly: the ratio is 1. Only a KL
-    penalty in the reward needs them before."""
-    algorithm = config.algorithm
-    single = algorithm.epochs * algorithm.minibatches == 1 and step > algorithm.critic_warmup_steps
-    penalised = algorithm.kl.place == "reward" and config.uses_reference
-    return not single or penalised
 
 
 def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool = True) -> ExperiencePasses:

@@ -33,7 +33,7 @@ from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.files import Written
 from rlhf.guards import Action, Guard
-from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, longest_row, plan_memory
+from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, is_out_of_memory, longest_row, plan_memory
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
@@ -392,7 +392,7 @@ class Run:
         self.log.close()
         if error is not None:
             self.checkpoints.abandon()
-        if isinstance(error, torch.OutOfMemoryError):
+        if error is not None and is_out_of_memory(error):
             self.end_for_memory(error)
         if self.log.abandoned:
             if error is not None and not isinstance(error, SystemExit):
@@ -401,7 +401,7 @@ class Run:
             sys.stderr.flush()
             os._exit(0 if error is None else error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
-    def end_for_memory(self, error: torch.OutOfMemoryError) -> NoReturn:
+    def end_for_memory(self, error: BaseException) -> NoReturn:
         """Write a smaller budget and end this rank and all others, to be started again. ValueError, when the others have ended, if none can be
         smaller."""
         phase, folder, reason = self.timer.latest, self.config.run_dir, str(error).partition("\n")[0]

@@ -11,10 +11,10 @@ from torch import Tensor
 from rlhf.config import Config
 from rlhf.distributed import World
 from rlhf.engine import TrainEngine
-from rlhf.experience import make_experience
+from rlhf.experience import make_experience, needs_old_logprobs
 from rlhf.models.lora import weight_layout
 from rlhf.rewards.pool import Pool
-from rlhf.trainers.rl import Models, UpdateMetrics, build_models, needs_old_logprobs, passes, plan_epoch, update_models
+from rlhf.trainers.rl import Models, UpdateMetrics, build_models, passes, plan_epoch, update_models
 from rlhf.trainers.run import Best, Run, start_run
 from rlhf.types import Experience, Rollout, Scores
 from tests.helpers import tiny_tokenizer

@@ -587,7 +587,7 @@ def count_forwards(world: World, models: Path) -> tuple[dict[str, int], float]:
     held.actor.module.register_forward_pre_hook(count("actor"))
     held.critic.module.register_forward_pre_hook(count("critic"))
     held.reference.module.register_forward_pre_hook(count("reference"))  # type: ignore[attr-defined]
-    reward = RewardModel(lambda **inputs: (count("reward")(), held.critic.score(**inputs))[1], 0.5, 2.0, config.train, world)  # type: ignore[union-attr]
+    reward = RewardModel(lambda **inputs: (count("reward")(), held.critic.score(**inputs))[1], 0.5, 2.0, lambda: config.train, world)  # type: ignore[union-attr]
     scores = reward.score(ROLLOUT)
     update(held, run, experience_of(held, run, ROLLOUT, SCORES))
     return counts, float((scores + 0.25).abs().max())  # a zero head: (0 - 0.5) / 2 for every row

@@ -53,8 +53,8 @@ def test_all_ranks_agree(models: Path) -> None:
         assert train.micro_batch == 2 and tried == [512, 256, 128] and written == {"train.micro_batch": 2}
     for train, _, written in run_ranks(_agree, 2, str(models), {}, {"micro_batch": 8}):
         assert train.micro_batch == 8 and written is None
-    for train, tried, _ in run_ranks(_agree, 2, str(models), {0: 10}, {"micro_batch": 8}):  # nothing smaller is left: on it goes
-        assert train.micro_batch == 1 and tried == [512, 256, 128, 64]
+    for train, tried, written in run_ranks(_agree, 2, str(models), {0: 10}, {"micro_batch": 8}):  # nothing smaller is left: on it goes
+        assert train.micro_batch == 1 and tried == [512, 256, 128, 64, 64] and written == {"train.micro_batch": 1, "rollout.release": True}
 
 
 def _chosen(world: World, models: str, room: dict[int, float]) -> tuple[Any, list[int], Any]:

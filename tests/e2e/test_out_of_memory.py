@@ -122,7 +122,7 @@ def test_what_was_chosen_becomes_smaller_too(ground: Ground) -> None:
 
 @pytest.mark.slow
 def test_nothing_can_be_smaller(ground: Ground) -> None:
-    done = ranks(recipe_of(ground, "memory-least", micro_batch=1), env={**ground.env, "ROOM": "2"})
+    done = ranks(recipe_of(ground, "memory-least", micro_batch=1), "rollout.release=true", env={**ground.env, "ROOM": "2"})
     assert [code for code, _ in done] == [2, 2], done
     assert "error (rank 1): out of memory in phase 'update_actor', and train.micro_batch cannot be smaller" in done[1][1], done[1][1]
     assert not (ground.run_dir("memory-least") / "budget.json").exists()
