@@ -18,7 +18,7 @@ from types import TracebackType
 
 from rlhf import secrets
 from rlhf.config import ROOT, Config, load_config, own_names, read_deepspeed
-from rlhf.requests import Requests, resumes
+from rlhf.requests import Requests, resumes, tell
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -85,6 +85,7 @@ def refuse(error: ValueError) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(5)  # rank 0 mostly finds the same mistake, and its exit lets the launcher end this rank
+    tell(2)
     sys.stdout.flush()
     print(f"error{f' (rank {rank})' if rank else ''}: {secrets.scrub(str(error))}", file=sys.stderr, flush=True)
     return 2

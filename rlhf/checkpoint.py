@@ -91,12 +91,14 @@ class Checkpoints:
         self.pinned = PinnedCopies(world.device) if background and world.device.type == "cuda" else None
         files.beat = world.beat
         self._writer: threading.Thread | None = None
+        self._exported = 0.0  # bytes
         self._failure: Failure | None = None  # of the last save; known to all ranks once it is over
         self._told: Failure | None = None  # what `save` has returned before
 
     def prepare(self, engines: Mapping[str, Saved], exported: int) -> str | None:
         """Lock the host memory that background saves will copy to, while other things happen; where a rank has too little, saves are not in the
         background, and what is to be said of that is returned. exported: bytes of what rank 0 exports. (collective)"""
+        self._exported = float(exported)
         if not self.background:
             return None
         size, room = sum(engine.state_bytes() for engine in engines.values()) + exported * self.world.is_main, host_capacity(self.world.local_size)
@@ -126,7 +128,8 @@ class Checkpoints:
         progress: of rank 0. What keeps this save from being complete is returned, once, the same on every rank, and all earlier checkpoints are
         there; in the background, what kept the last one."""
         self.finish()  # (collective)
-        size = self.world.global_sum({"bytes": float(sum(engine.state_bytes() for engine in engines.values()))})["bytes"]  # (collective)
+        own = float(sum(engine.state_bytes() for engine in engines.values())) + (progress.nbytes if progress else 0)
+        size = self.world.global_sum({"bytes": own})["bytes"] + self._exported * (exporter is not None)  # (collective)
         if problem := self.world.broadcast_object(self._no_room(size) if self.world.is_main else None):  # (collective)
             self._failure = Failure(problem, mark)
             return self._untold()

@@ -18,7 +18,20 @@ EXPLODED = 100.0  # times the largest value so far, and above the floor: not lea
 UNUSUAL = 10.0  # times the median distance from the median: worth a line
 
 # Metric -> what it may always be: groups of equal rewards have gradients of almost nothing, and a KL starts at zero.
-FLOORS = {"actor/grad_norm": 10.0, "critic/grad_norm": 100.0, "reward_model/grad_norm": 100.0, "actor/kl": 1.0, "train/loss": 20.0}
+FLOORS = {
+    "actor/grad_norm": 10.0,
+    "critic/grad_norm": 100.0,
+    "reward_model/grad_norm": 100.0,
+    "actor/kl": 1.0,
+    "actor/ppo_kl": 1.0,
+    "actor/pg_loss": 10.0,
+    "critic/vf_loss": 100.0,
+    "critic/values/mean": 100.0,
+    "critic/score/mean": 100.0,
+    "train/loss": 20.0,
+}
+AT_FIRST = 1e6  # times the floor, while there is no baseline
+ANY_SIZE = ("critic/values/mean", "critic/score/mean")  # in whatever rewards are counted: no limit at first; none where no sample was scored
 WATCHED = (*FLOORS, "actor/entropy", "response_length/mean")
 NOT_IN_EVERY_STEP = ("testing", "save_checkpoint")  # phases
 
@@ -81,7 +94,11 @@ class Guard:
             if value is None:
                 continue
             if not math.isfinite(value):
+                if name in ANY_SIZE:
+                    continue
                 return f"{name} is {value}"
+            if len(seen) < LEARNING and name not in ANY_SIZE and abs(value) > AT_FIRST * floor:
+                return f"{name} is {value:.3g} in one of the first steps"
             if len(seen) >= LEARNING and abs(value) > max(floor, EXPLODED * max(map(abs, seen))):
                 return f"{name} is {value:.3g}, and has never been above {max(map(abs, seen)):.3g}"
         return None

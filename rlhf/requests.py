@@ -24,6 +24,7 @@ SAVE, STOP = 1, 2
 
 CONTROL = "RLHF_CONTROL"  # a folder through which scripts/supervise.sh talks to rank 0
 STARTED = "RLHF_STARTED"
+OWNER = ".slurm-job"  # in the run folder
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "accelerate", "supervise.sh")
 GONE = "the launcher is gone"
 POLL_SECONDS = 1.0
@@ -40,8 +41,8 @@ class Requests:
         control = os.environ.get(CONTROL)
         self._control = Path(control) if control and is_main else None
         self._files = {run_dir / "save": SAVE, run_dir / "stop": STOP} if run_dir and is_main else {}
-        self._run_dir, self._begun = run_dir, psutil.Process().create_time()
-        self._asked = 0
+        self._run_dir = run_dir
+        self._saving = self._stopping = False
         self.reason: str | None = None
         self._limit = max_time if is_main else None
         self._polled: float | None = None
@@ -74,8 +75,11 @@ class Requests:
         self._ask(SAVE if number == signal.SIGRTMIN else STOP, signal.Signals(number).name)
 
     def _ask(self, what: int, reason: str) -> None:
-        if what > self._asked:
-            self._asked, self.reason = what, reason
+        """From a handler or another thread at any moment: nothing that is asked for may be lost, so that nothing is read and then written here."""
+        if what == SAVE:
+            self._saving = True
+        elif not self._stopping:
+            self.reason, self._stopping = reason, True
 
     def _watch(self, above: list[psutil.Process]) -> None:
         beside: set[psutil.Process] = set()
@@ -97,9 +101,12 @@ class Requests:
     def poll(self) -> int:
         """SAVE, STOP or 0; SAVE only once."""
         for file, what in self._files.items():
-            if file.exists() and file.stat().st_mtime >= self._begun:  # older ones were asked of an earlier run, or of another that is still there
+            if file.exists() and file.stat().st_mtime >= started():  # older ones were asked of an earlier run, or of another that is still there
+                reason = f"the file {file}"
+                if what == STOP and self._control:  # should this attempt end before it has left: it was asked of the job
+                    (self._control / "stop").write_text(f"{reason}\n")
                 file.unlink(missing_ok=True)
-                self._ask(what, f"the file {file}")
+                self._ask(what, reason)
         if self._control and (self._control / "stop").exists():
             self._ask(STOP, (self._control / "stop").read_text().strip() or "the supervisor")
         now = time.monotonic()
@@ -111,10 +118,10 @@ class Requests:
             and time.time() - started() + 1.2 * self._longest_part + 2 * (self._longest_save or self._expected_save) > self._limit
         ):
             self._ask(STOP, f"--max_time {self._limit:g} s is near")
-        asked = self._asked
-        if asked == SAVE:
-            self._asked, self.reason = 0, None
-        return asked
+        if self._stopping:
+            return STOP
+        saving, self._saving = self._saving, False
+        return SAVE if saving else 0
 
     def expect_save(self, size: int) -> None:
         """Of so many bytes, all ranks' together: room that `max_time` leaves until it is known how long one takes."""
@@ -137,18 +144,33 @@ class Requests:
 
 
 def started() -> float:
-    """When the job was started, in seconds since the epoch: by the supervisor, if there is one, which may have started it several times."""
+    """When the job was started, in seconds since the epoch: by the supervisor, if there is one, which may have started several attempts since."""
     return float(os.environ.get(STARTED) or psutil.Process().create_time())
 
 
 def resumes(resume: str, run_dir: Path) -> str:
-    """What `--resume` means for a job that is started again with the same command line: never, or an old checkpoint, until it has one of its own."""
+    """What `--resume` means for a job that is started again with the same command line: never, or an old checkpoint, until the run folder is its own
+    (`own`), or it has a checkpoint of its own."""
     control = os.environ.get(CONTROL)
     if control and Path(control, "saved").exists():
         return "auto"
-    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) and any((run_dir / "checkpoints").glob("checkpoint-*")):
+    job, owner = os.environ.get("SLURM_JOB_ID"), run_dir / OWNER
+    if job and int(os.environ.get("SLURM_RESTART_COUNT") or 0) and owner.exists() and owner.read_text() == job:
         return "auto"
     return resume
+
+
+def own(run_dir: Path) -> None:
+    """From here on every checkpoint in this folder belongs to the history that this job goes on with, also when Slurm starts it again."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        (run_dir / OWNER).write_text(job)
+
+
+def tell(code: int) -> None:
+    """The supervisor what this job ends with: launchers other than DeepSpeed's end with 1, whatever their ranks end with."""
+    if control := os.environ.get(CONTROL):
+        with contextlib.suppress(OSError):
+            Path(control, "code").write_text(str(code))
 
 
 def _is_gone(process: psutil.Process) -> bool:

@@ -23,10 +23,13 @@ export RLHF_CONTROL RLHF_STARTED
 job=
 failed=0
 mark=
+budget=
 log=$RLHF_CONTROL/log
 
 say() { echo "supervise: $*" >&2; }
-alive() { kill -0 -- "-$job" 2>/dev/null; }
+# What an attempt has started carries this in its environment, in whatever session it is: torchrun gives each rank one of its own.
+members() { grep -lszFx "RLHF_ATTEMPT=$RLHF_CONTROL/$attempt" /proc/[0-9]*/environ | cut -d/ -f3; }
+alive() { kill -0 -- "-$job" 2>/dev/null || [ -n "$(members)" ]; }
 
 ask() {
     echo "$1 at the supervisor" > "$RLHF_CONTROL/stop.new" && mv "$RLHF_CONTROL/stop.new" "$RLHF_CONTROL/stop"
@@ -49,9 +52,9 @@ keep_log() {  # the evidence
 }
 
 for ((attempt = 1; ; attempt++)); do
-    rm -f "$RLHF_CONTROL/left"
+    rm -f "$RLHF_CONTROL/left" "$RLHF_CONTROL/code"
     # A session and a process group of its own, so that all of it can be found, and so that a signal to ours does not end its launcher.
-    setsid "$@" > >(trap '' INT TERM HUP USR1; exec tee "$log") 2>&1 &
+    RLHF_ATTEMPT=$RLHF_CONTROL/$attempt setsid "$@" > >(trap '' INT TERM HUP USR1; exec tee "$log") 2>&1 &
     job=$!
     while kill -0 "$job" 2>/dev/null; do
         wait "$job"  # a signal to us ends the waiting, not the job
@@ -62,12 +65,13 @@ for ((attempt = 1; ; attempt++)); do
         alive || break
         sleep 0.1
     done
-    alive && say "processes were left after $grace s: killed" && kill -KILL -- "-$job"
+    alive && say "processes were left after $grace s: killed" && kill -KILL -- "-$job" $(members) 2>/dev/null
     for ((i = 0; i < 50; i++)); do
         alive || break
         sleep 0.1
     done
 
+    [ "$code" -ne 0 ] && [ -e "$RLHF_CONTROL/code" ] && code=$(cat "$RLHF_CONTROL/code")  # torchrun and accelerate end with 1 whatever their ranks do
     # DeepSpeed's launcher ends with 0 when the process below it was killed.
     if [ "$code" -eq 0 ] && { [ -e "$RLHF_CONTROL/done" ] || [ ! -e "$RLHF_CONTROL/run_dir" ]; }; then
         leave 0
@@ -84,8 +88,10 @@ for ((attempt = 1; ; attempt++)); do
         leave 75
     fi
     newest=$(readlink "$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null)/checkpoints/latest" 2>/dev/null || echo none)
-    if [ "$code" -eq 75 ]; then
+    smaller=$(cksum < "$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null)/budget.json" 2>/dev/null)
+    if [ "$code" -eq 75 ] && [ "$smaller" != "$budget" ]; then
         failed=0  # memory ran out: with the smaller budget, which has an end, it is another job
+        budget=$smaller
     elif [ "$newest" = "$mark" ]; then
         failed=$((failed + 1))
     else

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from rlhf.checkpoint import Checkpoints, Failure, Mark, damage
 from rlhf.distributed import World
 from rlhf.models.export import on_host
 from rlhf.state import PinnedCopies, TensorFile, copy_to_host
+from rlhf.trainers.run import Best, Run
 from tests.helpers import run_ranks, single_world
 
 
@@ -116,6 +119,52 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         save(checkpoints, step, best=of)
     assert names(tmp_path / "checkpoints") == ["best", "checkpoint-3", "checkpoint-5", "checkpoint-6", "latest"]
     assert (tmp_path / "checkpoints" / "best").resolve().name == "checkpoint-3"
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_best_one_that_was_not_written_pushes_nothing_out(tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, single_world(), keep_last=1, background=background)
+    said: list[str] = []
+
+    def full(operation: str, path: Path) -> None:
+        if operation == "write":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = SimpleNamespace(best=Best("accuracy", "max"), checkpoints=checkpoints, world=checkpoints.world)
+    run.console = SimpleNamespace(message=said.append)
+    run.world.requests = SimpleNamespace(saved=lambda seconds: None)
+    run._saving = None
+    run._settle, run._own_state = partial(Run._settle, run), lambda: {"best": list(run.best.top)}  # type: ignore[arg-type]
+
+    def step(number: int, accuracy: float) -> bool:
+        new = run.best.offer(number, {"accuracy": accuracy})
+        Run._save(run, Mark(number), {}, {"actor": Engine()})  # type: ignore[arg-type]
+        return new
+
+    assert step(5, 0.9) and checkpoints.finish() is None
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "before", full)
+        assert step(10, 0.95)
+        checkpoints.finish()
+    assert not step(15, 0.3) and not step(20, 0.2)
+    assert checkpoints.finish() is None and len(said) == 1 and "checkpoint-10 is not written" in said[0]
+    assert names(tmp_path / "checkpoints") == ["best", "checkpoint-20", "checkpoint-5", "latest"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "checkpoint-5" and run.best.steps == [5]
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-20" / "trainer_state.json").read_text())
+    assert state["best"] == [[0.9, 5]]
+    assert step(25, 0.97) and not step(30, 0.1) and checkpoints.finish() is None
+    assert names(tmp_path / "checkpoints") == ["best", "checkpoint-25", "checkpoint-30", "latest"]
+
+
+def test_room_is_looked_for_with_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under LoRA that is nearly all of it."""
+    checkpoints = Checkpoints(tmp_path, single_world(), keep_last=1)
+    checkpoints.prepare({"actor": Engine()}, 14_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000_000))
+    begun: list[int] = []
+    failure = checkpoints.save(Mark(1), {"actor": Engine()}, {}, exporter=lambda copy: begun.append(1))  # type: ignore[func-returns-value]
+    assert failure is not None and "a checkpoint takes 14.00 GB and 1.00 GB are free" in failure.text and not begun
+    assert checkpoints.save(Mark(2), {"actor": Engine()}, {}) is None, "a save between phases exports nothing"
 
 
 def test_the_newest_of_a_good_step_is_kept_and_found(tmp_path: Path) -> None:

@@ -161,6 +161,18 @@ def test_a_killed_worker_is_replaced_and_its_sample_scored_again() -> None:
             assert found == [([1], {})]
 
 
+def test_a_guard_that_was_stopped_is_replaced() -> None:
+    """Its own timeouts stop with it."""
+    with pool_of("process", "waiting", timeout=2.0) as pool:
+        (first,), _ = score(pool, "process", ["a"])
+        guard = pool.workers[0].process.pid
+        os.kill(guard, signal.SIGSTOP)
+        began = time.monotonic()
+        (second,), failures = score(pool, "process", ["a"])
+        assert second != first and not failures and time.monotonic() - began < 10
+        assert_gone([guard, int(first)])
+
+
 def test_a_worker_ends_with_its_pool_while_at_work() -> None:
     with pool_of("waiting", workers=2) as pool:
         threads = [threading.Thread(target=score, args=(pool, "waiting", ["a"], {"seconds": 600})) for _ in range(2)]

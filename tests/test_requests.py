@@ -45,6 +45,29 @@ def test_files_of_this_run_and_none_of_an_earlier_one(tmp_path: Path, monkeypatc
         assert other.poll() == 0, "one rank looks, and tells the others"
 
 
+def test_a_stop_file_is_asked_of_the_job_and_not_of_one_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Touched between two attempts it is older than the next; read by one that is killed before it has saved, it is gone."""
+    control, run_dir = tmp_path / "control", tmp_path / "run"
+    control.mkdir(), run_dir.mkdir()
+    monkeypatch.setenv(requests.CONTROL, str(control))
+    monkeypatch.setenv(requests.STARTED, str(psutil.Process().create_time() - 100))
+    (run_dir / "stop").touch()
+    before = psutil.Process().create_time() - 50
+    os.utime(run_dir / "stop", (before, before))
+    assert Requests(run_dir).poll() == STOP and not (run_dir / "stop").exists()
+    assert Requests(run_dir).poll() == STOP, "the next attempt hears of it from the supervisor's folder"
+
+
+def test_a_stop_that_comes_while_a_save_is_taken_is_not_lost(tmp_path: Path) -> None:
+    found = Requests(tmp_path)
+    found._ask(SAVE, "SIGRTMIN")
+    assert found.poll() == SAVE
+    found._ask(SAVE, "SIGRTMIN")
+    found._ask(STOP, "SIGTERM")
+    found._ask(SAVE, "SIGRTMIN")
+    assert [found.poll(), found.poll()] == [STOP, STOP] and found.reason == "SIGTERM"
+
+
 def test_the_supervisor_hears_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(requests.CONTROL, str(tmp_path))
     with Requests(tmp_path / "run") as found:

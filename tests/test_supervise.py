@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rlhf.config import ROOT
-from rlhf.requests import resumes
+from rlhf.requests import own, resumes
 
 
 class Supervised:
@@ -70,9 +70,14 @@ def test_a_launcher_that_says_all_is_well_is_not_believed(tmp_path: Path) -> Non
 
 
 def test_memory_that_runs_out_is_no_failure(tmp_path: Path) -> None:
-    run = Supervised(tmp_path, '[ "$(wc -l < "$RUN/attempts.txt")" -ge 6 ] && touch "$RLHF_CONTROL/done" && exit 0\nexit 75')
+    """As long as the budget becomes smaller each time; else it is one like any other."""
+    job = '[ "$(wc -l < "$RUN/attempts.txt")" -ge 6 ] && touch "$RLHF_CONTROL/done" && exit 0\n'
+    run = Supervised(tmp_path / "smaller", job + 'cp "$RUN/attempts.txt" "$RUN/budget.json"; exit 75')
     assert run.process.wait(20) == 0
     assert run.attempts == 6
+    run = Supervised(tmp_path / "same", job + "exit 75")
+    assert run.process.wait(20) == 75
+    assert run.attempts == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -102,6 +107,23 @@ def test_no_process_outlives_its_attempt(tmp_path: Path) -> None:
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+def test_nor_does_one_in_a_session_of_its_own(tmp_path: Path) -> None:
+    """As torchrun's and accelerate's agents start their ranks; the agent is killed."""
+    job = 'setsid bash -c "trap \'\' TERM; echo \\$\\$ > $RUN/rank; sleep 60; sleep 60" &\nwhile [ ! -s "$RUN/rank" ]; do sleep 0.05; done; exit 2'
+    run = Supervised(tmp_path, job)
+    assert run.process.wait(20) == 2
+    child = int((run.run_dir / "rank").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert "processes were left after 1 s: killed" in run.log.read_text()
+
+
+@pytest.mark.parametrize("code", [2, 77])
+def test_launchers_that_end_with_1_whatever_their_ranks_do(tmp_path: Path, code: int) -> None:
+    run = Supervised(tmp_path, f'echo {code} > "$RLHF_CONTROL/code"; exit 1')
+    assert run.process.wait(20) == code
+    assert run.attempts == 1
+
+
 def test_resume_never_is_meant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line stays the same when a job is started again; what it has saved since must not be set aside."""
     monkeypatch.setenv("RLHF_CONTROL", str(tmp_path))
@@ -111,6 +133,10 @@ def test_resume_never_is_meant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RLHF_CONTROL")
     assert resumes("never", tmp_path) == "never"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert resumes("some/checkpoint", tmp_path) == "some/checkpoint", "it has none of its own yet"
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
     (tmp_path / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    assert resumes("some/checkpoint", tmp_path) == "some/checkpoint", "that one is an older run's, which has not been set aside yet"
+    own(tmp_path)
     assert resumes("some/checkpoint", tmp_path) == "auto"
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    assert resumes("never", tmp_path) == "never", "another job's"

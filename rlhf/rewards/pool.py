@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -18,9 +19,14 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, cast
 
+import psutil
+
 from rlhf.rewards.functions import FunctionReward
+from rlhf.rewards.worker import HOPELESS, IMPORT_SECONDS
 
 logger = logging.getLogger(__name__)
+
+LOST_SECONDS = 10.0  # beside its timeout a sample may cost so much, with a new scorer after it
 
 # A fresh interpreter with this one's sys.path, hash seed and environment; never a fork of a process that has CUDA.
 _START = "import sys; sys.path[:] = sys.argv[5:]; from rlhf.rewards.worker import main; main()"
@@ -56,7 +62,7 @@ class Worker:
         for _ in range(2):
             with contextlib.suppress(BrokenPipeError):
                 self.requests.write(json.dumps([function, len(data), count]).encode() + b"\n")
-                if (line := self.replies.readline()).endswith(b"\n"):
+                if (line := self._line(count)).endswith(b"\n"):
                     found: dict[str, Any] = json.loads(line)
                     return found
             if self.closed:
@@ -64,6 +70,17 @@ class Worker:
             self.end()
             self.start()
         return {"results": ["guard died"] * count, "notes": {}, "again": None}
+
+    def _line(self, count: int) -> bytes:
+        """The guard's answer; empty if it has ended. One that was stopped, or takes longer than any `count` samples may, is killed."""
+        looks = stopped = 0
+        while looks < (count + HOPELESS + 1) * (self.timeout + LOST_SECONDS) + 2 * IMPORT_SECONDS and stopped <= self.timeout:
+            if select.select([self.replies], [], [], 1.0)[0]:
+                return self.replies.readline()
+            looks, stopped = looks + 1, stopped + 1 if _is_stopped(self.process.pid) else 0
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its scorer goes with it
+        return b""
 
     def end(self) -> None:
         self.requests.close()
@@ -78,6 +95,13 @@ class Worker:
         self.closed = True
         self.end()
         os.close(self.payload)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
 
 
 class Pool:

@@ -125,7 +125,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     models = build_models(run, longest, pool)
     sampler = DrawSampler(len(prompts), config.seed, config.data.shuffle)
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
-    validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir) if verifier else None
+    validate = None
+    if verifier:
+        validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir, run.disk_may_fail)
     timer, accounting = run.timer, Accounting(run, models)
 
     start = run.resume(models.engines, steps)

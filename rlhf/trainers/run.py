@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import files
 from rlhf.budget import BUDGET, CHOSEN, choose, chosen_before, open_choices, read_budget, smaller, value_of, with_values, write_budget
-from rlhf.checkpoint import Checkpoints, Export, Exporter, Mark
+from rlhf.checkpoint import Checkpoints, Export, Exporter, Failure, Mark
 from rlhf.config import Config, ModelConfig, TrainedModelConfig, role_settings, shown, to_yaml
 from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
@@ -44,22 +44,38 @@ from rlhf.models.scoring_head import fuse_head
 from rlhf.preflight import roles
 from rlhf.progress import PROGRESS, Progress
 from rlhf.ranks import Pace, check_agreement, config_items
-from rlhf.requests import STOP
+from rlhf.requests import STOP, own, started, tell
 from rlhf.state import Copy, TensorFile, copy_to_host
 
 
 @dataclass
 class Best:
-    """The best values of a metric and the steps that had them; part of the state."""
+    """The best values of a metric and the steps that had them; part of the state. What a new one has pushed out stays known until the new one is on
+    the disk."""
 
     metric: str
     mode: str
     keep: int = 1
-    top: list[tuple[float, int]] = field(default_factory=list)  # (value, step), the best first
+    ranking: list[tuple[float, int]] = field(default_factory=list)  # (value, step), the best first, with what has been pushed out
+    written: set[int] = field(default_factory=set)  # steps
+
+    @property
+    def top(self) -> list[tuple[float, int]]:
+        return self.ranking[: self.keep]
 
     @property
     def steps(self) -> list[int]:
         return [step for _, step in self.top]
+
+    def settle(self, step: int, written: bool) -> None:
+        """The save of a step is over."""
+        if written:
+            self.written.add(step)
+        else:
+            self.ranking = [entry for entry in self.ranking if entry[1] != step]
+        there = [entry for entry in self.ranking if entry[1] in self.written]
+        if len(there) >= self.keep:
+            self.ranking = self.ranking[: self.ranking.index(there[self.keep - 1]) + 1]
 
     def check(self, metrics: dict[str, float]) -> None:
         """Raises ValueError if the metric is not among what validation measured."""
@@ -73,8 +89,11 @@ class Best:
         if math.isnan(value):
             return False
         sign = -1 if self.mode == "max" else 1
-        self.top = sorted([*self.top, (value, step)], key=lambda entry: sign * entry[0])[: self.keep]  # of equals the earlier stays ahead
-        return step in self.steps
+        ranking = sorted([*self.ranking, (value, step)], key=lambda entry: sign * entry[0])  # of equals the earlier stays ahead
+        if (value, step) not in ranking[: self.keep]:
+            return False
+        self.ranking = ranking
+        return True
 
 
 @dataclass
@@ -96,6 +115,7 @@ class Run:
     data: dict[str, Any] = field(default_factory=dict)  # of the training rows: `check_same_data`
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
     agreed: int | None = None  # the step after which the ranks were last found in the same state
+    _saving: Mark | None = field(default=None, init=False)  # of which it is not known yet whether it is on the disk
 
     def __post_init__(self) -> None:
         # In a checkpoint: without the run folder, which may be another one later.
@@ -177,7 +197,8 @@ class Run:
             return 0
         self.state = self.checkpoints.load(self.resume_from, engines)
         if self.state["best"]["metric"] == self.best.metric:  # values of another metric cannot be compared
-            self.best.top = [(value, step) for value, step in self.state["best"]["top"]][: self.best.keep]
+            self.best.ranking = [(value, step) for value, step in self.state["best"]["top"]][: self.best.keep]
+            self.best.written = set(self.best.steps)
         self.guard.load_state_dict(self.state["guard"])
         step = int(self.state["step"])
         if self.state["part"] and self.state.get("data", self.data) != self.data:
@@ -246,11 +267,13 @@ class Run:
         if action is Action.STOP:
             folder = self.config.run_dir / f"bad-step-{step:06}"
             if self.world.is_main:
-                folder.mkdir(exist_ok=True)
-                (folder / "why.txt").write_text(f"{problem}\n")
-                (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-                save_batch(folder)
+                with self.disk_may_fail():
+                    folder.mkdir(exist_ok=True)
+                    (folder / "why.txt").write_text(f"{problem}\n")
+                    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+                    save_batch(folder)
             self.console.message(f"error: step {step}: {problem}, and so were steps before it; its batch is in {folder}")
+            tell(EXIT_BAD)
             raise SystemExit(EXIT_BAD)
         return False
 
@@ -305,14 +328,22 @@ class Run:
     def _save(
         self, mark: Mark, state: dict[str, Any], engines: dict[str, TrainEngine], exporter: Exporter | None = None, progress: TensorFile | None = None
     ) -> None:  # (collective)
+        began = time.monotonic()
+        self._settle(self.checkpoints.finish())  # (collective)
+        self._saving = mark
         state = {**self._own_state(), **state}
-        started = time.monotonic()
         failure = self.checkpoints.save(mark, engines, state, self.best.steps, exporter, progress)
-        self.world.requests.saved(time.monotonic() - started)
+        self.world.requests.saved(time.monotonic() - began)
+        if not self.checkpoints.background:
+            self._settle(failure)
         if failure is not None:
-            if failure.missing is not None:  # what is not there is not the best, and keeps nothing
-                self.best.top = [entry for entry in self.best.top if Mark(entry[1]) != failure.missing]
             self.console.message(f"{failure.text}. Training goes on; the checkpoints before it are whole.")
+
+    def _settle(self, failure: Failure | None) -> None:
+        """The last save is over: what is not there is not the best, and pushes nothing out."""
+        if self._saving is not None and not self._saving.part:
+            self.best.settle(self._saving.step, failure is None or failure.missing != self._saving)
+        self._saving = None
 
     def _own_state(self) -> dict[str, Any]:
         best = {"metric": self.best.metric, "top": list(self.best.top)}
@@ -411,6 +442,7 @@ class Run:
             self.world.end_all(2)
             raise
         write_budget(folder, self.world.rank, key, value)
+        tell(EXIT_AGAIN)
         print(
             f"error (rank {self.world.rank}): out of memory in phase {phase}: {reason}\n"
             f"planned for it: {self.plan.largest(phase)}\n"
@@ -454,8 +486,10 @@ def start_run(
         )
     if world.is_main and resume != "auto":
         checkpoints.go_on_from(resume_from)
-    if world.is_main and resume == "never":
-        (config.run_dir / BUDGET).unlink(missing_ok=True)
+        own(config.run_dir)
+    budget = config.run_dir / BUDGET
+    if world.is_main and resume == "never" and budget.exists() and budget.stat().st_mtime < started():
+        budget.unlink()  # of another run; an earlier attempt of this job has learnt what it says
     origin = resume_from.parent.parent if resume_from else None  # the run folder of the checkpoint
     left = open_choices(config)
     config = world.broadcast_object(read_budget(config, origin) if world.is_main else config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class Validator:
     tokenizer: PreTrainedTokenizerBase
     world: World
     samples_dir: Path
+    disk_may_fail: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, step: int) -> dict[str, float]:
         """Metrics of the current weights; the engine must hold them. A sample that the verifier cannot judge counts as wrong. (collective)"""
@@ -65,8 +68,9 @@ class Validator:
         if self.world.is_main:
             shown = range(min(v.samples, len(rollout)))
             rows = (sample_row(rollout, scores, self.tokenizer, i) | {"correct": bool(correct[i])} for i in shown)
-            write_samples(self.samples_dir / f"validation-{step:06d}.jsonl", rows)
-            np.save(self.samples_dir / f"validation-{step:06d}-correct.npy", correct.numpy().astype(bool))
+            with self.disk_may_fail():
+                write_samples(self.samples_dir / f"validation-{step:06d}.jsonl", rows)
+                np.save(self.samples_dir / f"validation-{step:06d}-correct.npy", correct.numpy().astype(bool))
         return metrics
 
 

@@ -16,7 +16,7 @@ import rlhf.trainers.rl
 from rlhf.config import load_config
 from rlhf.data import DrawSampler
 from rlhf.distributed import World
-from rlhf.guards import LEARNING, Action, Guard
+from rlhf.guards import ANY_SIZE, FLOORS, LEARNING, Action, Guard
 from tests.chaos.test_boundaries import GRPO, PPO
 from tests.e2e.conftest import REWARDS
 from tests.e2e.programs import make_model, metrics, reversal_rows, write_jsonl, write_recipe
@@ -46,6 +46,18 @@ def test_explosions_are_measured_by_the_run_itself() -> None:
     action, why, _ = guard.judge(None, {"actor/grad_norm": 1000.0})
     assert action is Action.SKIP and why == "actor/grad_norm is 1e+03, and has never been above 9"
     assert guard.judge(None, {"actor/grad_norm": 0.5})[0] is Action.GO_ON, "what exploded is no part of what is usual"
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_whatever_explodes_or_is_no_number_is_bad(name: str) -> None:
+    guard = Guard(3)
+    if name not in ANY_SIZE:
+        assert guard.judge(None, {name: 1e12})[1] == f"{name} is 1e+12 in one of the first steps"
+        assert guard.judge(None, {name: math.inf})[1] == f"{name} is inf"
+    for step in range(LEARNING):
+        assert guard.judge(None, {name: 0.1 * step})[0] is Action.GO_ON
+    assert guard.judge(None, {name: 1e30})[1] == f"{name} is 1e+30, and has never been above 0.7"
+    assert guard.judge(None, {name: -1e30})[0] is Action.SKIP
 
 
 def test_a_step_that_takes_unusually_long_is_said() -> None:
