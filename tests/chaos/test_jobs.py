@@ -31,7 +31,7 @@ QUICK = (signal.SIGTERM, "last rank", "loading")
 SIGNALS = [
     pytest.param(number, target, phase, marks=[] if (number, target, phase) == QUICK else pytest.mark.slow)
     for number in (signal.SIGTERM, signal.SIGUSR1)
-    for target in ("rank 0", "last rank", "supervisor")
+    for target in ("rank 0", "last rank", "all ranks", "supervisor")
     for phase in PHASES
 ]
 
@@ -59,7 +59,8 @@ def test_asked_to_leave(number: signal.Signals, target: str, phase: str, recipe:
     job.wait_for_phase()
     ranks = job.ranks()
     assert len(ranks) == 2, job.family()
-    {"rank 0": ranks[0], "last rank": ranks[1], "supervisor": job.process}[target].send_signal(number)
+    for process in {"rank 0": ranks[:1], "last rank": ranks[1:], "all ranks": ranks, "supervisor": [job.process]}[target]:
+        process.send_signal(number)
     assert job.wait() == 75, job.log.read_text()[-5000:]
     text = job.log.read_text()
     assert f"leaving: {number.name}" in text and f"supervise: saved and left: {number.name}" in text, text[-3000:]

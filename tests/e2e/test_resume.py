@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.e2e.conftest import Finished, Ground, grpo_recipe, ppo_recipe, sft_recipe
 from tests.e2e.programs import Program, checkpoints, engine_hashes, metrics, sample_files, samples, steps, succeed, weight_hashes
@@ -125,7 +126,10 @@ def others(ground: Ground, sft: Finished, reward_model: Finished) -> dict[str, d
     every = {"checkpoint": {"every": 1, "keep_last": 100}}
     grpo = grpo_recipe(ground, sft.hf, **every, train=short, reward={"components": [{"function": "e2e_rewards:letter_a"}]})
     ppo = ppo_recipe(ground, sft.hf, reward_model.hf, train=short)
+    pairs = yaml.safe_load(reward_model.recipe.read_text())
+    pairs = {key: value for key, value in pairs.items() if key not in ("run_dir", "tracking")} | every
     return {
+        "reward-model": pairs | {"train": {"steps": 6, "batch": 16, "micro_batch": 8}},
         "grpo-lora-zero2": {**grpo, "deepspeed": "ds_configs/zero2.json"},
         "ppo-zero2": {**ppo, "deepspeed": "ds_configs/zero2.json"},
         "ppo-zero1": {**ppo, "deepspeed": "ds_configs/zero1.json"},
@@ -136,7 +140,7 @@ def others(ground: Ground, sft: Finished, reward_model: Finished) -> dict[str, d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo-lora-zero2", "ppo-zero2", "ppo-zero1", "ppo-zero0", "sft-zero3", "sft-zero0"])
+@pytest.mark.parametrize("name", ["grpo-lora-zero2", "ppo-zero2", "ppo-zero1", "ppo-zero0", "sft-zero3", "sft-zero0", "reward-model"])
 def test_other_states(name: str, others: dict[str, dict[str, Any]], ground: Ground) -> None:
     path = ground.recipe(name, others[name])
     straight = Finished(ground.run_dir(name), path, succeed(path, env=ground.env))
