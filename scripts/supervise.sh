@@ -23,7 +23,7 @@ export RLHF_CONTROL RLHF_STARTED
 job=
 failed=0
 mark=
-budget=
+budget=$(cksum < /dev/null)
 log=$RLHF_CONTROL/log
 
 say() { echo "supervise: $*" >&2; }
@@ -88,7 +88,7 @@ for ((attempt = 1; ; attempt++)); do
         leave 75
     fi
     newest=$(readlink "$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null)/checkpoints/latest" 2>/dev/null || echo none)
-    smaller=$(cksum < "$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null)/budget.json" 2>/dev/null)
+    smaller=$(cat "$(cat "$RLHF_CONTROL/run_dir" 2>/dev/null)/budget.json" 2>/dev/null | cksum)
     if [ "$code" -eq 75 ] && [ "$smaller" != "$budget" ]; then
         failed=0  # memory ran out: with the smaller budget, which has an end, it is another job
         budget=$smaller
