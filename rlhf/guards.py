@@ -17,22 +17,22 @@ LEARNING = 8  # good steps before anything is compared with it
 EXPLODED = 100.0  # times the largest value so far, and above the floor: not learning any more
 UNUSUAL = 10.0  # times the median distance from the median: worth a line
 
-# Metric -> what it may always be: groups of equal rewards have gradients of almost nothing, and a KL starts at zero.
+# Metric -> what it may always be: groups of equal rewards have gradients of almost nothing, a KL starts at zero, and rewards that come late may be large.
 FLOORS = {
     "actor/grad_norm": 10.0,
-    "critic/grad_norm": 100.0,
+    "critic/grad_norm": 1e4,
     "reward_model/grad_norm": 100.0,
     "actor/kl": 1.0,
     "actor/ppo_kl": 1.0,
     "actor/pg_loss": 10.0,
-    "critic/vf_loss": 100.0,
-    "critic/values/mean": 100.0,
-    "critic/score/mean": 100.0,
+    "critic/vf_loss": 1e6,
+    "critic/values/mean": 1e6,
+    "critic/score/mean": 1e6,
     "train/loss": 20.0,
 }
 AT_FIRST = 1e6  # times the floor, while there is no baseline
 ANY_SIZE = ("critic/values/mean", "critic/score/mean")  # in whatever rewards are counted: no limit at first; none where no sample was scored
-WATCHED = (*FLOORS, "actor/entropy", "response_length/mean")
+SAID = ("actor/grad_norm", "critic/grad_norm", "reward_model/grad_norm", "actor/kl", "train/loss", "actor/entropy", "response_length/mean")
 NOT_IN_EVERY_STEP = ("testing", "save_checkpoint")  # phases
 
 
@@ -72,9 +72,10 @@ class Guard:
         problem = problem or self._exploded(metrics)
         if problem is None:
             remarks = []
-            for name in WATCHED:
+            for name in dict.fromkeys([*FLOORS, *SAID]):
                 if name in metrics and math.isfinite(metrics[name]):
-                    remarks += _unusual(name, metrics[name], seen := self._seen.get(name, []))
+                    seen = self._seen.get(name, [])
+                    remarks += _unusual(name, metrics[name], seen) if name in SAID else []
                     self._seen[name] = [*seen, metrics[name]][-REMEMBERED:]
             self.bad, self.good = 0, self.good + 1
             self.rolled_back = self.rolled_back and self.good < self.allowed
