@@ -21,9 +21,10 @@ TOKENS, RELEASE = "train.micro_batch_tokens", "rollout.release"
 Value = int | str  # of a key; bool is an int
 
 
-def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
+def smaller(config: Config, phase: str, longest: int, bounded: bool = False) -> tuple[str, int]:
     """(key, next smaller value) of what a phase's memory depends on: rows or tokens of a forward. When these can be no fewer, the rollout's memory is
-    given back for the phase. ValueError where nothing is left to change."""
+    given back for the phase; at once where the plan bounds the KV cache (`Plan.cache`), which would take what fewer tokens leave. ValueError where
+    nothing is left to change."""
     train, can_release = config.train, config.task == "rl" and not releases(config)
     if phase == "set-up":
         raise ValueError(
@@ -44,7 +45,7 @@ def smaller(config: Config, phase: str, longest: int) -> tuple[str, int]:
             key, value, least = TOKENS, int(train.forward_tokens * 0.8) // ROUND * ROUND, ROUND
             if largest_forward(config, longest) > train.forward_tokens:
                 value = 0  # a row has a forward of its own already
-    if value < least and can_release and phase not in ("gen", "testing"):
+    if (value < least or bounded) and can_release and phase not in ("gen", "testing"):
         return RELEASE, True
     if value < least:
         raise ValueError(f"out of memory in phase {phase!r}, and {key} cannot be smaller: {mend}")

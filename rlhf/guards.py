@@ -17,15 +17,15 @@ LEARNING = 8  # good steps before anything is compared with it
 EXPLODED = 100.0  # times the largest value so far, and above the floor: not learning any more
 UNUSUAL = 10.0  # times the median distance from the median: worth a line
 
-# Metric -> what it may always be: groups of equal rewards have gradients of almost nothing, a KL starts at zero, and rewards that come late may be large.
+# Metric -> what it may always be: groups of equal rewards have gradients of almost nothing, a KL starts at zero, rewards may be large and come late.
 FLOORS = {
     "actor/grad_norm": 10.0,
     "critic/grad_norm": 1e4,
     "reward_model/grad_norm": 100.0,
     "actor/kl": 1.0,
     "actor/ppo_kl": 1.0,
-    "actor/pg_loss": 10.0,
-    "critic/vf_loss": 1e6,
+    "actor/pg_loss": 1e4,
+    "critic/vf_loss": 1e10,
     "critic/values/mean": 1e6,
     "critic/score/mean": 1e6,
     "train/loss": 20.0,

@@ -352,14 +352,16 @@ def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks:
 
 def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None, give_way: bool = True) -> Plan:
     """The same from what the roles hold; capacity: bytes of the device, None without one. give_way: the KV cache has no more than the other phases
-    leave it, where it is neither given (`rollout.cache_tokens`) nor released before them."""
+    leave it, where it is neither given (`rollout.cache_tokens`) nor released before them, and may depend on the device at all (`deterministic`)."""
     plan = _plan_of(config, held, ranks, longest, on_gpu, capacity, None)
-    if not give_way or not capacity or config.task != "rl" or config.rollout.cache_tokens or releases(config):
+    if not give_way or not capacity or config.task != "rl" or config.rollout.cache_tokens or releases(config) or config.deterministic:
         return plan
-    missing = max(plan.total(phase) for phase in plan.phases if phase != "gen") - capacity * (1 - MARGIN)
-    if missing <= 0:
+    most, cache = max(plan.total(phase) for phase in plan.phases if phase != "gen"), plan.phases["gen"].get("rollout: KV cache", 0.0)
+    if most <= capacity * (1 - MARGIN):
         return plan
-    return _plan_of(config, held, ranks, longest, on_gpu, capacity, plan.phases["gen"].get("rollout: KV cache", 0.0) - missing)
+    left = cache - (most - capacity * (1 - MARGIN))
+    # The plan is good to a tenth: for the margin's sake the cache does not become less than a quarter.
+    return _plan_of(config, held, ranks, longest, on_gpu, capacity, max(left, min(cache / 4, cache - (most - capacity))))
 
 
 def releases(config: Config) -> bool:

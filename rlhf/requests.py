@@ -169,8 +169,10 @@ def own(run_dir: Path) -> None:
 def tell(code: int) -> None:
     """The supervisor what this job ends with: launchers other than DeepSpeed's end with 1, whatever their ranks end with."""
     if control := os.environ.get(CONTROL):
+        own = Path(control, f"code-{os.getpid()}")
         with contextlib.suppress(OSError):
-            Path(control, "code").write_text(str(code))
+            own.write_text(str(code))
+            os.replace(own, Path(control, "code"))
 
 
 def _is_gone(process: psutil.Process) -> bool:

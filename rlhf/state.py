@@ -172,9 +172,11 @@ class PinnedCopies:
                     with torch.cuda.device(self._device):  # a new thread's is the first one, which is another rank's
                         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), len(piece), 0))
                     locked.append(piece)
-        except BaseException:
+        except BaseException as error:
             for piece in locked:  # or the next memory at these addresses could not be locked
                 torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
+            if isinstance(error, RuntimeError):  # which says "out of memory", and would be taken for the device's
+                raise MemoryError(f"{size / 1e9:.1f} GB of host memory cannot be page-locked") from error
             raise
         self._arenas.append(arena)
 

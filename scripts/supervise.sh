@@ -71,7 +71,7 @@ for ((attempt = 1; ; attempt++)); do
         sleep 0.1
     done
 
-    [ "$code" -ne 0 ] && [ -e "$RLHF_CONTROL/code" ] && code=$(cat "$RLHF_CONTROL/code")  # torchrun and accelerate end with 1 whatever their ranks do
+    [ "$code" -ne 0 ] && [ -s "$RLHF_CONTROL/code" ] && code=$(cat "$RLHF_CONTROL/code")  # torchrun and accelerate end with 1 whatever their ranks do
     # DeepSpeed's launcher ends with 0 when the process below it was killed.
     if [ "$code" -eq 0 ] && { [ -e "$RLHF_CONTROL/done" ] || [ ! -e "$RLHF_CONTROL/run_dir" ]; }; then
         leave 0

@@ -23,7 +23,8 @@ from rlhf import files
 from rlhf.checkpoint import Checkpoints, Failure, Mark, damage
 from rlhf.distributed import World
 from rlhf.models.export import on_host
-from rlhf.state import PinnedCopies, TensorFile, copy_to_host
+from rlhf.state import Part, PinnedCopies, TensorFile, begin, copy_to_host, to_come
+from rlhf.trainers.rl import memory_to_come
 from rlhf.trainers.run import Best, Run
 from tests.helpers import run_ranks, single_world
 
@@ -152,6 +153,13 @@ def test_a_best_one_that_was_not_written_pushes_nothing_out(tmp_path: Path, back
     assert (tmp_path / "checkpoints" / "best").resolve().name == "checkpoint-5" and run.best.steps == [5]
     state = json.loads((tmp_path / "checkpoints" / "checkpoint-20" / "trainer_state.json").read_text())
     assert state["best"] == [[0.9, 5]]
+    with monkeypatch.context() as broken:  # a better one fails, and then a save inside of the next step finds out
+        broken.setattr(files, "before", full)
+        assert step(22, 0.99)
+        checkpoints.finish()
+    Run._save(run, Mark(22, 1), {}, {"actor": Engine()})  # type: ignore[arg-type]
+    checkpoints.finish()
+    assert json.loads((tmp_path / "checkpoints" / "checkpoint-22+1" / "trainer_state.json").read_text())["best"] == [[0.9, 5]]
     assert step(25, 0.97) and not step(30, 0.1) and checkpoints.finish() is None
     assert names(tmp_path / "checkpoints") == ["best", "checkpoint-25", "checkpoint-30", "latest"]
 
@@ -177,6 +185,27 @@ def test_the_newest_of_a_good_step_is_kept_and_found(tmp_path: Path) -> None:
     assert checkpoints.last_good() == tmp_path / "checkpoints" / "checkpoint-2"
     flip(tmp_path / "checkpoints" / "checkpoint-2" / "actor" / "rank-0-000.safetensors")
     assert checkpoints.last_good() is None
+
+
+def test_what_optimizers_will_still_make() -> None:
+    """Adam's states are made with the engine; others come with the first step, and a rollout leaves them their memory."""
+    masters = [torch.zeros(6, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    parts = [Part("a", 0, 3, [3], masters[0], 0), Part("b", 0, 3, [3], masters[0], 3), Part("c", 0, 4, [4], masters[1], 0)]
+    momentum = torch.optim.SGD(masters, lr=0.1, momentum=0.9)
+    begin(parts, momentum)
+    assert to_come(parts, momentum) == 4 * 10 and to_come(parts, torch.optim.SGD(masters, lr=0.1)) == 0
+    adam, straight = torch.optim.AdamW(masters, lr=0.1), torch.optim.AdamW([m.clone().detach().requires_grad_() for m in masters], lr=0.1)
+    assert to_come(parts, adam) == 8 * 10
+    begin(parts, adam)
+    assert to_come(parts, adam) == 0
+    for optimizer in (adam, straight):
+        for master in optimizer.param_groups[0]["params"]:
+            master.grad = torch.linspace(-1, 1, len(master))
+        optimizer.step()
+    for mine, torchs in zip(adam.state.values(), straight.state.values(), strict=True):
+        assert list(mine) == list(torchs) and all(torch.equal(mine[key], torchs[key]) for key in mine)
+    engines = [SimpleNamespace(states_to_come=lambda: 5), SimpleNamespace(states_to_come=lambda: 7)]
+    assert memory_to_come(engines, [SimpleNamespace(visiting=100)]) == 112  # type: ignore[list-item,arg-type]
 
 
 def test_large_states_on_the_host_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:

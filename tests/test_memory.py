@@ -291,6 +291,8 @@ def test_smaller(recipe: Any) -> None:
             smaller(config, phase, longest)
     with pytest.raises(ValueError, match="cannot be smaller"):
         smaller(recipe(train={"micro_batch_tokens": 256}, **released), "ref", 9)
+    assert smaller(tokens, "update_actor", 100, bounded=True) == release  # else the cache would take what fewer tokens leave
+    assert smaller(recipe(**released), "update_actor", 100, bounded=True)[0] == "train.micro_batch"
     write_budget(rows.run_dir, 0, *release)
     assert read_budget(rows).rollout.release is True
 
@@ -472,6 +474,15 @@ def test_the_cache_gives_way_where_nothing_else_is_left(auto: Any) -> None:
     free, bounded = (memory.plan_of(found, held, 8, 1536, True, int(48 * GIB), give_way) for give_way in (False, True))
     assert bounded.cache == bounded.phases["gen"]["rollout: KV cache"] < free.phases["gen"]["rollout: KV cache"] and free.cache is None
     assert max(bounded.total(phase) for phase in bounded.phases if phase != "gen") <= 48 * GIB * (1 - budget.MARGIN) + 1
+    fixed = found.model_copy(update={"deterministic": True})
+    assert memory.plan_of(fixed, held, 8, 1536, True, int(48 * GIB)).cache is None  # no size may depend on the device
+    more = with_value(found, "train.micro_batch_tokens", found.train.forward_tokens + 1536)
+    held_more = {name: memory.held_by(more, name, role, 8, 1536) for name, role in roles(more)}
+    whole = memory.plan_of(more, held_more, 8, 1536, True, int(48 * GIB), False)
+    over = max(whole.total(phase) for phase in whole.phases if phase != "gen") - 48 * GIB
+    least = memory.plan_of(more, held_more, 8, 1536, True, int(48 * GIB)).cache
+    cache = whole.phases["gen"]["rollout: KV cache"]
+    assert least is not None and least >= min(cache / 4, cache - over) - 1  # not next to nothing for the margin's sake
     released = found.model_copy(update={"rollout": found.rollout.model_copy(update={"release": True})})
     assert memory.plan_of(released, held, 8, 1536, True, int(48 * GIB)).cache is None  # the update has all of it
 

@@ -122,6 +122,8 @@ def test_launchers_that_end_with_1_whatever_their_ranks_do(tmp_path: Path, code:
     run = Supervised(tmp_path, f'echo {code} > "$RLHF_CONTROL/code"; exit 1')
     assert run.process.wait(20) == code
     assert run.attempts == 1
+    run = Supervised(tmp_path / "full", f': > "$RLHF_CONTROL/code"; exit {code}')  # on a full disk
+    assert run.process.wait(20) == code
 
 
 def test_resume_never_is_meant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,12 +113,18 @@ def _mask_asked_for(
 ) -> Tensor:
     """transformers' mask interface, under `CHECKED`: a mask without contents that knows its window. ValueError where it is neither causal nor a
     sliding window."""
+
+    def right(q: int, back: int) -> bool:
+        found = bool(mask_function(*(torch.tensor(i) for i in (0, 0, q, q - back))))
+        return found == (back >= 0 and (local_size is None or back < local_size))
+
     size = local_size or 7
-    for q in (2 * size + 5, 3 * size + 2):
-        for back in (-1, 0, 1, size - 1, size, size + 1):
-            place = [torch.tensor(i) for i in (0, 0, q, q - back)]
-            if bool(mask_function(*place)) != (back >= 0 and (local_size is None or back < local_size)):
-                raise ValueError("a mask that is neither causal nor a sliding window")
+    try:
+        same = all(right(q, back) for q in (2 * size + 5, 3 * size + 2) for back in (-1, 0, 1, size - 1, size, size + 1))
+    except IndexError:  # a mask that looks something up of each token: no more than there are
+        same = all(right(q, back) for q in range(1, q_length - 1) for back in (-1, 0, 1))
+    if not same:
+        raise ValueError("a mask that is neither causal nor a sliding window")
     mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
     mask.window = local_size  # type: ignore[attr-defined]
     return mask
@@ -131,10 +137,13 @@ def _attention_asked_for(
     if attention_mask is not None:
         if not hasattr(attention_mask, "window"):
             raise ValueError("its attention wants a mask or bias of its own")
-        if attention_mask.window != sliding_window:
-            raise ValueError(
-                f"its attention looks back {attention_mask.window or 'to the start'} by its mask, {sliding_window or 'to the start'} by its call"
-            )
+        positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        # A window of all positions is none.
+        by_mask, by_call = (
+            "to the start" if size is None or (positions and size >= positions) else size for size in (attention_mask.window, sliding_window)
+        )
+        if by_mask != by_call:
+            raise ValueError(f"its attention looks back {by_mask} by its mask, {by_call} by its call")
     return packed_attention(module, query, key, value, None, sliding_window=sliding_window, **options)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
@@ -51,7 +50,7 @@ class Worker:
             start_new_session=True,
         )
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.requests, self.replies = self.process.stdin, io.BufferedReader(cast(io.FileIO, self.process.stdout))
+        self.requests, self.replies = self.process.stdin, self.process.stdout
 
     def call(self, function: str, data: bytes, count: int) -> dict[str, Any]:
         """As `worker.Guard.score`. A guard that was killed is replaced, and asked once more."""
@@ -73,11 +72,19 @@ class Worker:
 
     def _line(self, count: int) -> bytes:
         """The guard's answer; empty if it has ended. One that was stopped, or takes longer than any `count` samples may, is killed."""
-        looks = stopped = 0
+        looks, stopped, line = 0, 0, b""
+        ready = select.poll()  # where select() ends at descriptor 1,023
+        ready.register(self.replies, select.POLLIN)
         while looks < (count + HOPELESS + 1) * (self.timeout + LOST_SECONDS) + 2 * IMPORT_SECONDS and stopped <= self.timeout:
-            if select.select([self.replies], [], [], 1.0)[0]:
-                return self.replies.readline()
-            looks, stopped = looks + 1, stopped + 1 if _is_stopped(self.process.pid) else 0
+            if ready.poll(1000):
+                with contextlib.suppress(ValueError):  # the pool has closed it meanwhile
+                    piece = b""
+                    piece = os.read(self.replies.fileno(), 1 << 16)
+                line += piece
+                if not piece or line.endswith(b"\n"):
+                    return line
+            else:
+                looks, stopped = looks + 1, stopped + 1 if _is_stopped(self.process.pid) else 0
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # its scorer goes with it
         return b""

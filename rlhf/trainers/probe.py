@@ -37,7 +37,7 @@ def fit_budget(run: Run, losses: Mapping[str, Loss]) -> None:
         if not found:
             return
         try:
-            key, value = smaller(run.config, found[0], run.longest)
+            key, value = smaller(run.config, found[0], run.longest, run.plan.cache is not None)
         except ValueError as error:
             run.console.message(f"the plan of the memory leaves no room for {found[0]}: {error}")
             return

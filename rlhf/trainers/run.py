@@ -33,7 +33,7 @@ from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.files import Written
 from rlhf.guards import Action, Guard
-from rlhf.memory import MemoryMeter, Plan, device_capacity, host_capacity, is_out_of_memory, longest_row, plan_memory
+from rlhf.memory import GIB, MemoryMeter, Plan, device_capacity, host_capacity, is_out_of_memory, longest_row, plan_memory
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
@@ -160,6 +160,11 @@ class Run:
             self.plan = plan_memory(self.config, roles(self.config), self.world.size, longest, self.on_gpu)
         except Exception as error:  # a forecast that fails is no reason not to train
             self.console.message(f"no plan of the memory: {error}")
+        if self.plan.cache is not None:
+            self.console.message(
+                f"the KV cache has {self.plan.cache / GIB:.2f} GiB at most, as the other phases need the rest; rollout.release=true would give the "
+                "update all of it"
+            )
 
     def train_engine(
         self, role: TrainedModelConfig, key: str, total_steps: int, scalar_head: str | None = None, base: Mapping[str, nn.Parameter] | None = None
@@ -225,6 +230,7 @@ class Run:
         """Of a step that begins, with what the checkpoint that we resume from has of it; state: of the trainer as the step begins."""
 
         before = {**self._own_state(), **state, "metrics": {}}  # a step that goes on is judged when it is over, and once
+        del before["best"]  # which a save that is still under way may yet change
 
         def boundary(progress: Progress) -> None:  # (collective)
             if asked := self.asked():
@@ -334,7 +340,7 @@ class Run:
         state = {**self._own_state(), **state}
         failure = self.checkpoints.save(mark, engines, state, self.best.steps, exporter, progress)
         self.world.requests.saved(time.monotonic() - began)
-        if not self.checkpoints.background:
+        if not self.checkpoints.background or (failure is not None and failure.missing == mark):
             self._settle(failure)
         if failure is not None:
             self.console.message(f"{failure.text}. Training goes on; the checkpoints before it are whole.")
@@ -437,7 +443,7 @@ class Run:
         smaller."""
         phase, folder, reason = self.timer.latest, self.config.run_dir, str(error).partition("\n")[0]
         try:
-            key, value = smaller(self.config, phase, self.longest)
+            key, value = smaller(self.config, phase, self.longest, self.plan.cache is not None)
         except ValueError:
             self.world.end_all(2)
             raise
