@@ -20,7 +20,7 @@ UNUSUAL = 10.0  # times the median distance from the median: worth a line
 # Metric -> what it may always be: groups of equal rewards have gradients of almost nothing, a KL starts at zero, rewards may be large and come late.
 FLOORS = {
     "actor/grad_norm": 10.0,
-    "critic/grad_norm": 1e4,
+    "critic/grad_norm": 100.0,
     "reward_model/grad_norm": 100.0,
     "actor/kl": 1.0,
     "actor/ppo_kl": 1.0,
