@@ -59,7 +59,9 @@ def test_no_forward_too_many_for_the_workloads(workload: str, tokens: int) -> No
     lengths = (responses + before).tolist()
     alike = -(-len(lengths) // (tokens // lengths[0])) if min(lengths) == max(lengths) else 0
     for ranks in (1, 2):
-        forwards = len(plan_micro_batches(range(len(lengths)), lengths, 1, ranks, 0, tokens))
+        plans = [plan_micro_batches(range(len(lengths)), lengths, 1, ranks, rank, tokens) for rank in range(ranks)]
+        loads, forwards = np.array([[sum(lengths[row] for row in part.rows) for part in plan] for plan in plans]), len(plans[0])
+        assert loads.max(0).sum() <= 1.02 * loads.mean(0).sum()
         least = -(-max(alike, -(-sum(lengths) // tokens)) // ranks)
         assert forwards == least or sum(lengths) > 0.97 * tokens * ranks * forwards
 
