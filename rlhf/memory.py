@@ -369,6 +369,13 @@ def releases(config: Config) -> bool:
     return config.rollout.release or bool(hybrid_engine_words(config)["release"])
 
 
+def borrows_weights(config: Config, ranks: int, on_gpu: bool) -> bool:
+    """Whether the rollout computes on the actor's own weights (`HybridEngine.borrow`): where every rank has them whole, and flat groups lie as the
+    lean decoder needs them."""
+    stage = int(role_settings(config, config.actor, world_size=ranks, on_gpu=on_gpu)["zero_optimization"].get("stage", 0))
+    return config.actor.lora is None and (stage in (1, 2) or (stage == 0 and not is_lean(read_architecture(config.actor, "actor"))))
+
+
 def _plan_of(
     config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None, most_cache: float | None
 ) -> Plan:
@@ -393,9 +400,7 @@ def _plan_of(
     actor, lean = held["actor"], is_lean(architecture)
     size, shape = actor.forward.size, actor.forward.shape
     dtype = torch.bfloat16 if size == 2 else torch.float32
-    stage = int(role_settings(config, config.actor, world_size=ranks, on_gpu=on_gpu)["zero_optimization"].get("stage", 0))
-    borrowed = config.actor.lora is None and (stage in (1, 2) or (stage == 0 and not lean))  # `HybridEngine.borrow`: flat groups lie as it needs them
-    own = {} if borrowed else {"rollout: weights": actor.plain}
+    own = {} if borrows_weights(config, ranks, on_gpu) else {"rollout: weights": actor.plain}
     working = working_bytes(architecture, sizes, dtype)
     page = shape.layers * 2 * sizes.page_size * shape.kv_dim * size
     pool = float(wanted_pages(sizes, longest) * page)

@@ -24,7 +24,7 @@ from rlhf.config import (
 )
 from rlhf.data import load_preferences, load_prompts, load_sequences, read_rows
 from rlhf.distributed import launch_environment
-from rlhf.memory import blank_model, device_capacity, host_capacity, plan_memory
+from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capacity, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
@@ -149,10 +149,7 @@ def describe(config: Config) -> str:
         )
         lines.append(f"    DeepSpeed: {json.dumps(masked(settings))}")
     if config.task == "rl":
-        architecture = read_architecture(config.actor, "actor")
-        way = "lean decoder" if is_lean(architecture) else "transformers' own forward on a paged cache"
-        size = parameters(architecture) * (2 if role_dtype(config.actor, on_gpu) == "bfloat16" else 4) / 2**30
-        lines.append(f"  rollout: {way}; a whole copy of the actor on every rank ({size:.2f} GiB), filled once per rollout phase, adapters merged")
+        lines.append(f"  rollout: {decoding(config, world_size, on_gpu)}")
         if config.uses_reference and config.actor.lora and config.reference.path is None:
             lines.append("  reference: the actor with its adapters off")
     lines.append("")
@@ -161,6 +158,17 @@ def describe(config: Config) -> str:
     except ValueError as error:
         lines.append(f"  memory of a GPU: {error}")
     return "\n".join(lines)
+
+
+def decoding(config: Config, world_size: int, on_gpu: bool) -> str:
+    """Which decoder the rollout has, and whose weights."""
+    architecture = read_architecture(config.actor, "actor")
+    way = "lean decoder" if is_lean(architecture) else "transformers' own forward on a paged cache"
+    if borrows_weights(config, world_size, on_gpu):
+        return f"{way}; on the actor's own weights"
+    size = parameters(architecture) * (2 if role_dtype(config.actor, on_gpu) == "bfloat16" else 4) / 2**30
+    merged = ", adapters merged" if config.actor.lora else ""
+    return f"{way}; a whole copy of the actor on every rank ({size:.2f} GiB), filled once per rollout phase{merged}"
 
 
 def arithmetic(config: Config, world_size: int) -> list[str]:

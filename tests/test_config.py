@@ -243,6 +243,16 @@ def test_shipped_deepspeed_configs_resolve_completely(name: str, dtype: str) -> 
     assert resolved["gradient_clipping"] == 0.5
     assert resolved["bf16"]["enabled"] == (dtype == "bfloat16")
     assert resolved["zero_optimization"]["stage"] == int(name[-1])
+    assert resolved["timers"] == {"throughput": {"enabled": False}}
+
+
+@pytest.mark.parametrize("given", [{}, {"timers": "auto"}, {"timers": {}}, {"timers": {"throughput": "auto"}}])
+def test_no_forward_waits_for_a_timer_unless_that_is_asked_for(given: dict[str, Any]) -> None:
+    from deepspeed.utils.config import get_timers_config
+
+    assert not get_timers_config(resolve(given)).enabled
+    asked = {"timers": {"throughput": {"enabled": True, "synchronized": False}}}
+    assert resolve(asked)["timers"] == asked["timers"] and get_timers_config(resolve(asked)).enabled
 
 
 @pytest.mark.parametrize("tree", [{}, {"data_types": {}}, {"data_types": {"grad_accum_dtype": "auto"}}, {"data_types": {"grad_accum_dtype": "fp32"}}])

@@ -30,7 +30,7 @@ from rlhf.models.lora import add_adapters
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head, logprobs_of
 from rlhf.ops import fused
-from rlhf.preflight import roles
+from rlhf.preflight import decoding, roles
 from rlhf.trainers.probe import stand_in, worst_rows
 from rlhf.trainers.run import Run
 from tests.helpers import rl_config, single_world
@@ -202,6 +202,10 @@ def test_phases_and_shares(recipe: Any) -> None:
     assert two["actor: weights"] == 2 * parameters and two["actor: gradients"] == 4 * parameters / 2 and "rollout: weights" not in two
     one = planned(recipe(1)).phases["update_actor"]
     assert one["actor: gradients"] == 4 * parameters and one["actor: master weights"] == 4 * parameters / 2
+
+    assert "a whole copy of the actor" in decoding(recipe(), 2, True) and "adapters" not in decoding(recipe(), 2, True)
+    assert decoding(recipe(2), 2, True) == "lean decoder; on the actor's own weights"
+    assert decoding(recipe(2, actor={"lora": {"r": 4}}), 2, True).endswith("adapters merged")
 
     lora = planned(recipe(2, actor={"lora": {"r": 4}}))
     assert lora.phases["update_actor"]["actor: moments"] < two["actor: moments"] / 2
