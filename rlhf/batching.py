@@ -1,8 +1,8 @@
 """Which rows go into which optimizer step, rank and forward: pure, deterministic, the same on every rank.
 
 Minibatches are drawn from the rollout's global order, so their content does not depend on the number of ranks. Inside a minibatch
-rows are sorted by length, cut into micro-batches and dealt to the ranks in turn: neighbours in length meet in one forward, and every
-rank runs the same number of forwards (trap 23). Where the count does not work out, a rank gets a filler of weight zero.
+rows are sorted by length and cut into turns, of which each rank gets its forward: neighbours in length meet, forwards of a turn are about as long
+on every rank, and every rank runs the same number of them (trap 23). Where rows do not suffice, a rank gets a filler of weight zero.
 """
 
 from __future__ import annotations
@@ -47,12 +47,23 @@ def plan_micro_batches(
         raise ValueError("an empty batch cannot be planned: all its rows were lost (trap 22)")
     order = sorted(rows, key=lambda row: (-lengths[row], row))
     if tokens is None:
-        chunks = [MicroBatchPlan(order[i : i + micro_batch]) for i in range(0, len(order), micro_batch)]
+        turn = micro_batch * world_size
+        chunks = [MicroBatchPlan(part) for i in range(0, len(order), turn) for part in _dealt(order[i : i + turn], world_size)]
     else:
         chunks = [MicroBatchPlan(part) for part in _balanced(order, lengths, tokens, world_size)]
     while len(chunks) % world_size:
         chunks.append(MicroBatchPlan([order[-1]], weightless=True))
     return chunks[rank::world_size]
+
+
+def _dealt(rows: Sequence[int], world_size: int) -> list[list[int]]:
+    """Rows in order of their lengths, dealt to and fro, so that no rank gets the longer ones each time."""
+    parts: list[list[int]] = [[] for _ in range(min(world_size, len(rows)))]
+    for i in range(0, len(rows), len(parts)):
+        hand = rows[i : i + len(parts)]
+        for part, row in zip(parts if i // len(parts) % 2 == 0 else reversed(parts), hand, strict=False):
+            part.append(row)
+    return parts
 
 
 def merged(plan: Sequence[MicroBatchPlan], together: int) -> list[MicroBatchPlan]:
@@ -66,7 +77,7 @@ def _balanced(order: Sequence[int], lengths: Sequence[int], tokens: int, world_s
     """Parts of at most `tokens` tokens (or one longer row), the fullest first: parts of the same turn are then about as long on every rank.
 
     Each row, from the longest on, goes where least is so far (Graham 1969, "Bounds on multiprocessing timing anomalies"); then rows are exchanged
-    between the fullest and the emptiest part while that helps.
+    between the fullest and the emptiest part while that helps, and between parts that are too full and any others while one has to be.
     """
     turns = max(1, -(-sum(lengths[row] for row in order) // (tokens * world_size)))
     while True:
@@ -77,16 +88,19 @@ def _balanced(order: Sequence[int], lengths: Sequence[int], tokens: int, world_s
             heapq.heapreplace(heap, (load + lengths[row], i))
             parts[i].append(row)
         loads = [sum(lengths[row] for row in part) for part in parts]
-        while _exchange(parts, loads, lengths):
+        while _exchange(parts, loads, lengths, loads.index(max(loads)), loads.index(min(loads))):
             pass
-        if all(load <= tokens or len(part) == 1 for load, part in zip(loads, parts, strict=True)):
+        while over := [i for i, part in enumerate(parts) if loads[i] > tokens and len(part) > 1]:  # a few tokens, maybe: any other part will do
+            others = sorted(range(len(parts)), key=lambda i: loads[i])
+            if not any(_exchange(parts, loads, lengths, over[0], other) for other in others):
+                break
+        if not over:
             return [parts[i] for i in sorted(range(len(parts)), key=lambda i: (-loads[i], i))]
         turns += 1
 
 
-def _exchange(parts: list[list[int]], loads: list[int], lengths: Sequence[int]) -> bool:
-    """Swap the two rows that bring the fullest and the emptiest part nearest to each other; False where none does."""
-    full, empty = loads.index(max(loads)), loads.index(min(loads))
+def _exchange(parts: list[list[int]], loads: list[int], lengths: Sequence[int], full: int, empty: int) -> bool:
+    """Swap the two rows that bring two parts nearest to each other; False where none does."""
     gap = loads[full] - loads[empty]
     others = sorted((lengths[row], row) for row in parts[empty])
     best = (gap, -1, -1)
