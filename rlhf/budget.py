@@ -17,7 +17,7 @@ from rlhf.memory import GIB, MARGIN, Held, held_by, largest_forward, longest_row
 ROUND = 256  # tokens: a budget is a multiple of it
 BUDGET = "budget.json"  # in the run folder: {key: value} of what was made smaller than the recipe has it, and under CHOSEN of what it leaves `auto`
 CHOSEN = "chosen"
-TOKENS, RELEASE = "train.micro_batch_tokens", "rollout.release"
+TOKENS, RELEASE, DECODED = "train.micro_batch_tokens", "rollout.release", "rollout.max_batch"
 Value = int | str  # of a key; bool is an int
 
 
@@ -36,7 +36,7 @@ def smaller(config: Config, phase: str, longest: int, bounded: bool = False) -> 
             return RELEASE, True
         raise ValueError(f"out of memory in phase {phase!r}, where only models are: use ZeRO-3 on more ranks, offload or LoRA")
     if config.task == "rl" and phase in ("gen", "testing"):
-        key, value, least = "rollout.max_batch", config.rollout.max_batch // 2, 1
+        key, value, least = DECODED, config.rollout.decoded // 2, 1
         mend = "lower rollout.memory_fraction, rollout.cache_tokens or rollout.prefill_tokens, or use more ranks under ZeRO-3"
     else:
         key, value, least = ("train.micro_batch", train.micro_batch // 2, 1)
@@ -124,7 +124,8 @@ def write_budget(run_dir: Path, rank: int, key: str, value: Any) -> None:
 ENOUGH = (4_096, 8_192)  # tokens from which on a forward is efficient; fewer are worth a recomputation. The more the smaller a layer is:
 HIDES_HOST = 5e11  # multiply-adds of a layer's forward, 2 ms on an H100, beside which what it costs the host is believed to be hidden
 MOST = 49_152  # the most that was measured: an update of a 0.5B model with LoRA takes 27 % less time than with 32,768
-WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "gradient_checkpointing": False, "offload": False}
+MOST_DECODED = 1_024  # a larger batch decodes hardly faster, and its cache is memory that the update has not
+WITHOUT_GPU: Mapping[str, Value] = {"micro_batch_tokens": 16_384, "max_batch": 128, "gradient_checkpointing": False, "offload": False}
 LEVELS: tuple[Recomputed, ...] = (False, "mlp", True)  # by what they cost
 WORTH_SENDING = 0.25 * GIB  # less is not offloaded
 HOST_SHARE = 0.6  # of the host memory may be pinned; the rest is for the processes themselves, and for files that are read and written
@@ -158,7 +159,7 @@ def _sections(config: Config) -> dict[str, str]:
 def open_choices(config: Config) -> list[str]:
     """Keys of what this run computes with that are `auto`."""
     sections = _sections(config).values()
-    keys = [TOKENS, *(f"{section}.gradient_checkpointing" for section in sections), *(f"{section}.offload" for section in sections)]
+    keys = [TOKENS, *[DECODED] * (config.task == "rl"), *(f"{section}.gradient_checkpointing" for section in sections), *(f"{section}.offload" for section in sections)]
     return [key for key in keys if value_of(config, key) == "auto"]
 
 
@@ -182,7 +183,10 @@ def choose(
     without: dict[str, Value] = {key: WITHOUT_GPU[key.rsplit(".", 1)[-1]] for key in keys}
     if capacity is None:
         return without, _line(without, "no GPU to measure by")
-    blank = with_values(config, without)  # which values these are does not matter here
+    rows = config.rollout.prompts * config.rollout.group_size if config.task == "rl" else 0
+    most_decoded = int(WITHOUT_GPU["max_batch"]) if config.deterministic else MOST_DECODED  # whose cache must not be as memory allows
+    decoded: dict[str, Value] = {DECODED: min(most_decoded, -(-rows // ranks))} if DECODED in keys else {}
+    blank = with_values(config, without | decoded)  # which values the others are does not matter here
     sections = _sections(config)
     recomputed = [name for name, section in sections.items() if f"{section}.gradient_checkpointing" in keys]
     movable = [name for name, section in sections.items() if f"{section}.offload" in keys]
@@ -198,7 +202,7 @@ def choose(
     room, gib = capacity * (1 - MARGIN), f"{capacity / GIB:.1f} GiB less {MARGIN:.0%}"
 
     def values(choice: _Choice, tokens: int) -> dict[str, Value]:
-        found: dict[str, Value] = {TOKENS: tokens} if TOKENS in keys else {}
+        found: dict[str, Value] = ({TOKENS: tokens} if TOKENS in keys else {}) | decoded
         found |= {f"{sections[name]}.gradient_checkpointing": level for name, level in zip(recomputed, choice.levels, strict=True)}
         return found | {f"{sections[name]}.offload": name in choice.sent for name in movable}
 

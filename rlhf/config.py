@@ -233,7 +233,9 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0, description="training must sample from the full distribution: anything but 0 is refused (trap 18)")
     top_p: float = Field(1.0, gt=0, le=1, description="anything but 1 is refused in training (trap 18)")
     eos_token_ids: list[int] = Field(default_factory=list, description="further end tokens, besides those of tokenizer and generation_config")
-    max_batch: int = Field(128, ge=1, description="most sequences decoded together on a rank")
+    max_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        128, description="most sequences decoded together on a rank. auto: all of a rank's in a rollout, up to 1,024; 128 without a GPU"
+    )
     cache_tokens: int = Field(
         0, ge=0, description="tokens that the KV cache of a rank holds; 0 = what max_batch sequences need, as far as memory allows"
     )
@@ -260,6 +262,13 @@ class RolloutConfig(Section):
                 "top_k and top_p make the update score a distribution that was not sampled from (trap 18): remove them; they belong in validation"
             )
         return self
+
+    @property
+    def decoded(self) -> int:
+        """`max_batch`, once `auto` has been resolved (`budget.choose`)."""
+        if self.max_batch == "auto":
+            raise RuntimeError("rollout.max_batch=auto is read before it was resolved")
+        return self.max_batch
 
 
 class RewardComponentConfig(Section):

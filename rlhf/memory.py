@@ -396,7 +396,7 @@ def _plan_of(
         return plan
 
     rollout, architecture = config.rollout, read_architecture(config.actor, "actor")
-    sizes = EngineSettings(max_batch=rollout.max_batch, cache_tokens=rollout.cache_tokens, prefill_tokens=rollout.prefill_tokens)
+    sizes = EngineSettings(max_batch=rollout.decoded, cache_tokens=rollout.cache_tokens, prefill_tokens=rollout.prefill_tokens)
     actor, lean = held["actor"], is_lean(architecture)
     size, shape = actor.forward.size, actor.forward.shape
     dtype = torch.bfloat16 if size == 2 else torch.float32

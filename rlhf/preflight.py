@@ -185,7 +185,7 @@ def arithmetic(config: Config, world_size: int) -> list[str]:
     minibatch = rows // algorithm.minibatches
     return [
         f"one rollout batch = {rollout.prompts} prompts x {rollout.group_size} samples = {rows} responses of at most {rollout.max_new_tokens} tokens",
-        f"  {-(-rollout.prompts // world_size)} prompts on a rank, decoded in batches of at most {rollout.max_batch} rows",
+        f"  {-(-rollout.prompts // world_size)} prompts on a rank, decoded in batches of at most {rollout.decoded} rows",
         f"one step = {algorithm.epochs} epochs x {algorithm.minibatches} minibatches = {algorithm.epochs * algorithm.minibatches} optimizer steps",
         f"one minibatch = {minibatch} responses = {forwards(minibatch)}",
         f"whole run = {config.train.steps} steps, {(config.train.steps or 0) * rows} responses",

@@ -391,7 +391,8 @@ def auto(large: Path, tmp_path: Path) -> Any:
             "algorithm": {"name": "grpo", "kl": {"coef": 0.001}},
             "train": {"steps": 1, "micro_batch_tokens": tokens},
         }
-        return parse_config({**tree, **{name: {**tree.get(name, {}), **section} for name, section in sections.items()}})
+        merged = {name: {**tree.get(name, {}), **section} if isinstance(section, dict) else section for name, section in sections.items()}
+        return parse_config(tree | merged)
 
     return make
 
@@ -661,6 +662,22 @@ def test_without_a_gpu(auto: Any) -> None:
     for read in (lambda: auto().train.forward_tokens, lambda: auto().actor.recomputed, lambda: auto(**ALL).reference.offloaded):
         with pytest.raises(RuntimeError, match="auto is read before it was resolved"):
             read()
+
+
+def test_a_rollout_decodes_all_that_a_rank_has(auto: Any) -> None:
+    """1,024 rows of 1,536 tokens, 28 layers, 4 key-value heads of 128."""
+    token = 28 * 2 * 4 * 128 * 2
+    for ranks, rows in ((1, 1024), (8, 128), (3, 342)):
+        found, line = chosen(config := auto(rollout={"max_batch": "auto"}), 1000, ranks)
+        assert found.rollout.decoded == rows and f"rollout.max_batch={rows} " in line
+        cache = plan_memory(found, roles(found), ranks).phases["gen"]["rollout: KV cache"]
+        assert cache == pytest.approx((rows + 1) * 1536 * token, rel=0.001)
+    assert chosen(auto(rollout={"max_batch": "auto", "group_size": 64}), 1000, 1)[0].rollout.decoded == 1024
+    assert chosen(auto(rollout={"max_batch": "auto"}, deterministic=True), 1000, 1)[0].rollout.decoded == 128
+    assert chosen(config, None)[0].rollout.decoded == 128
+    with pytest.raises(RuntimeError, match="auto is read before it was resolved"):
+        _ = config.rollout.decoded
+    assert smaller(chosen(config, 1000, 1)[0], "gen", 1536) == ("rollout.max_batch", 512)
 
 
 def test_layers_without_a_known_mlp_are_computed_again_as_a_whole(auto: Any, tmp_path: Path) -> None:

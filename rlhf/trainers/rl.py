@@ -271,7 +271,7 @@ def memory_to_come(trained: Iterable[TrainEngine], frozen: Iterable[FrozenEngine
 def engine_settings(config: Config, max_context: int) -> EngineSettings:
     r = config.rollout
     return EngineSettings(
-        max_batch=r.max_batch,
+        max_batch=r.decoded,
         max_context=max_context,
         cache_tokens=r.cache_tokens,
         memory_fraction=r.memory_fraction,
