@@ -202,7 +202,7 @@ def choose(
     room, gib = capacity * (1 - MARGIN), f"{capacity / GIB:.1f} GiB less {MARGIN:.0%}"
 
     def values(choice: _Choice, tokens: int) -> dict[str, Value]:
-        found: dict[str, Value] = ({TOKENS: tokens} if TOKENS in keys else {}) | decoded
+        found = {**decoded, TOKENS: tokens} if TOKENS in keys else dict(decoded)
         found |= {f"{sections[name]}.gradient_checkpointing": level for name, level in zip(recomputed, choice.levels, strict=True)}
         return found | {f"{sections[name]}.offload": name in choice.sent for name in movable}
 

@@ -30,7 +30,7 @@ from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
 from rlhf.models.loading import load_tokenizer, read_architecture, read_tokenizer
 from rlhf.models.lora import check_adapter
-from rlhf.models.packing import check_packing
+from rlhf.models.packing import check_packing, check_positions
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rollout import EngineSettings
 from rlhf.rollout.decoder import is_lean
@@ -52,6 +52,8 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         architecture = read_architecture(role, name)
         if config.train.packing:
             check_packing(architecture, name, role.trust_remote_code)
+        else:
+            check_positions(_blank(name, role, architecture), name)
         if isinstance(role, TrainedModelConfig) and role.lora:
             try:
                 blank_model(role, architecture, name not in ("actor", "reference"), torch.bfloat16)

@@ -31,6 +31,7 @@ from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head, logprobs_of
 from rlhf.ops import fused
 from rlhf.preflight import decoding, roles
+from rlhf.trainers import probe
 from rlhf.trainers.probe import stand_in, worst_rows
 from rlhf.trainers.run import Run
 from tests.helpers import rl_config, single_world
@@ -662,6 +663,38 @@ def test_without_a_gpu(auto: Any) -> None:
     for read in (lambda: auto().train.forward_tokens, lambda: auto().actor.recomputed, lambda: auto(**ALL).reference.offloaded):
         with pytest.raises(RuntimeError, match="auto is read before it was resolved"):
             read()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_the_probe_holds_what_an_update_will(lora: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside activations: what is there, the stand-in's weights and gradients, and a reserve are together what the plan says."""
+    config = recipe(2, actor={"lora": lora})
+    plan, made, reserved = plan_memory(config, roles(config), 1), [], []
+    there, total, whole, empty = 1 << 20, 1 << 40, probe.stand_in, torch.empty
+    planned = sum(v for item, v in plan.phases["update_actor"].items() if item not in ("actor: activations", "actor: backward", "actor: step"))
+
+    def stand_in(*arguments: Any) -> Any:
+        made.append(whole(*arguments))
+        return made[-1]
+
+    def reserve(size: Any, *arguments: Any, **options: Any) -> Tensor:
+        if options.get("dtype") is torch.uint8:
+            reserved.append(size)
+            size = 0
+        return empty(size, *arguments, **options)
+
+    def taken() -> int:
+        return there + sum(p.numel() * p.element_size() for p in made[0].parameters())
+
+    monkeypatch.setattr(probe, "stand_in", stand_in)
+    monkeypatch.setattr(torch, "empty", reserve)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total - taken(), total))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, taken)
+    run: Any = SimpleNamespace(config=config, world=SimpleNamespace(device=torch.device("cpu")), longest=12, plan=plan, on_gpu=True)
+    probe._try(run, "actor", lambda module, lengths, config: next(p for p in module.parameters() if p.requires_grad).sum())
+    gradients = sum(p.numel() * p.element_size() for p in made[0].parameters() if p.requires_grad)
+    assert reserved[0] > 0 and taken() + gradients + reserved[0] == pytest.approx(planned, abs=1)
 
 
 def test_a_rollout_decodes_all_that_a_rank_has(auto: Any) -> None:

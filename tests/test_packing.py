@@ -28,13 +28,14 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
     StableLmConfig,
 )
 
 from rlhf.batching import MicroBatchPlan, collate, pack
 from rlhf.models.forward import last_token_scores, response_logprobs, response_values
 from rlhf.models.heads import ScalarModel
-from rlhf.models.packing import check_packing, pack_attention
+from rlhf.models.packing import check_packing, check_positions, pack_attention
 from rlhf.preflight import check
 from tests.helpers import rl_config
 
@@ -142,6 +143,15 @@ def test_values_and_scores_of_packed_rows() -> None:
 def test_what_cannot_be_packed_is_refused_by_name(config: PretrainedConfig, why: str) -> None:
     with pytest.raises(ValueError, match=rf"actor: model type '{why}.*train.packing=false"):
         check_packing(config, "actor")
+
+
+def test_other_positions_than_ours_are_refused() -> None:
+    """A RoBERTa whose first position is 2: packed or padded, its own forward computes something else."""
+    config = RobertaConfig(**SMALL, is_decoder=True, pad_token_id=1)
+    for check in (lambda: check_packing(config, "actor"), lambda: check_positions(build(config), "actor")):
+        with pytest.raises(ValueError, match="actor: RobertaForCausalLM counts positions from 2 on, and every forward here from 0"):
+            check()
+    check_positions(build(FAMILIES["llama"]), "actor")
 
 
 def test_every_role_is_asked_before_anything_loads(models: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def packed_attention(
         raise ValueError(why)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [t, heads, D]
-    if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and v.shape[-1] == q.shape[-1]:
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         ends, longest = packed.boundaries, packed.longest
         out: Tensor = varlen_attn(
@@ -172,6 +172,13 @@ def obstacle(model: PreTrainedModel, interface: bool = True) -> str | None:
     return f"{mixing[0]} mixes tokens outside attention" if mixing else None
 
 
+def check_positions(model: nn.Module, key: str) -> None:
+    """ValueError where positions do not count from 0, as RoBERTa's, whose first token stands behind the padding token's place."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in path.rpartition(".")[2]:
+            raise ValueError(f"{key}: {type(model).__name__} counts positions from {module.padding_idx + 1} on, and every forward here from 0; there is no way")
+
+
 def check_packing(config: PretrainedConfig, key: str, trust_remote_code: bool = False) -> None:
     """ValueError that names architecture and mend if packing would compute it wrongly; tried on the meta device, before weights are loaded."""
 
@@ -183,6 +190,7 @@ def check_packing(config: PretrainedConfig, key: str, trust_remote_code: bool = 
             raise refusal(f"{name} in its attention")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    check_positions(model, key)
     if why := obstacle(model):
         raise refusal(why)
     if other := set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:

@@ -69,7 +69,7 @@ def _try(run: Run, name: str, loss: Loss) -> None:
     role = next(role for key, role in roles(config) if key == name)
     assert isinstance(role, TrainedModelConfig)
     module = stand_in(role, name, config.train.packing, model_dtype(role, device), device)
-    ahead = _still_to_come(run, name) - 2 * sum(p.numel() * p.element_size() for p in module.parameters())  # the stand-in's own weights and gradients
+    ahead = _still_to_come(run, name) - sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)  # its gradients
     _reserve = torch.empty(max(0, int(ahead)), dtype=torch.uint8, device=device)
     loss(module, worst_rows(config, run.longest), config).backward()
 
