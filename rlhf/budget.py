@@ -159,7 +159,12 @@ def _sections(config: Config) -> dict[str, str]:
 def open_choices(config: Config) -> list[str]:
     """Keys of what this run computes with that are `auto`."""
     sections = _sections(config).values()
-    keys = [TOKENS, *[DECODED] * (config.task == "rl"), *(f"{section}.gradient_checkpointing" for section in sections), *(f"{section}.offload" for section in sections)]
+    keys = [
+        TOKENS,
+        *[DECODED] * (config.task == "rl"),
+        *(f"{section}.gradient_checkpointing" for section in sections),
+        *(f"{section}.offload" for section in sections),
+    ]
     return [key for key in keys if value_of(config, key) == "auto"]
 
 

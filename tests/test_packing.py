@@ -148,9 +148,9 @@ def test_what_cannot_be_packed_is_refused_by_name(config: PretrainedConfig, why:
 def test_other_positions_than_ours_are_refused() -> None:
     """A RoBERTa whose first position is 2: packed or padded, its own forward computes something else."""
     config = RobertaConfig(**SMALL, is_decoder=True, pad_token_id=1)
-    for check in (lambda: check_packing(config, "actor"), lambda: check_positions(build(config), "actor")):
+    for asked in (lambda: check_packing(config, "actor"), lambda: check_positions(build(config), "actor")):
         with pytest.raises(ValueError, match="actor: RobertaForCausalLM counts positions from 2 on, and every forward here from 0"):
-            check()
+            asked()
     check_positions(build(FAMILIES["llama"]), "actor")
 
 

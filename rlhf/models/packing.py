@@ -176,7 +176,7 @@ def check_positions(model: nn.Module, key: str) -> None:
     """ValueError where positions do not count from 0, as RoBERTa's, whose first token stands behind the padding token's place."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in path.rpartition(".")[2]:
-            raise ValueError(f"{key}: {type(model).__name__} counts positions from {module.padding_idx + 1} on, and every forward here from 0; there is no way")
+            raise ValueError(f"{key}: {type(model).__name__} counts positions from {module.padding_idx + 1} on, and every forward here from 0")
 
 
 def check_packing(config: PretrainedConfig, key: str, trust_remote_code: bool = False) -> None:

@@ -7,6 +7,7 @@ and against one rank with everything in one forward.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -119,21 +120,35 @@ def assert_same(
             assert relative(result[name], delta) < 1e-5, name
 
 
-# algorithm, ranks, ZeRO stage, rows per forward, minibatches, what a forward is, head, checkpointing: nearly every pair of values meets.
+# algorithm, ranks, ZeRO stage, rows per forward, minibatches, what a forward is, head, checkpointing: every pair of values meets.
 PAIRWISE = [
-    ("ppo", 2, 3, 3, 1, "packed", "chunks", False),
-    ("ppo", 2, 2, 8, 3, "tokens", "logits", True),
-    ("ppo", 1, 3, 1, 3, "padded", "one chunk", "mlp"),
-    ("ppo", 2, 0, 1, 1, "tokens", "chunks", False),
-    ("ppo", 1, 1, 8, 1, "packed", "logits", True),
-    ("grpo", 2, 3, 8, 3, "tokens", "one chunk", True),
-    ("grpo", 2, 1, 3, 3, "padded", "chunks", False),
-    ("grpo", 1, 2, 1, 1, "packed", "one chunk", "mlp"),
-    ("ppo", 2, 3, 3, 3, "packed", "logits", "mlp"),
-    ("grpo", 2, 1, 8, 1, "tokens", "chunks", "mlp"),
-    ("dr_grpo", 2, 1, 1, 1, "tokens", "one chunk", True),
-    ("dr_grpo", 2, 3, 3, 3, "packed", "chunks", True),
+    ("grpo", 1, 2, 1, 3, "tokens", "chunks", "mlp"),
+    ("dr_grpo", 2, 3, 8, 1, "packed", "logits", False),
+    ("ppo", 2, 0, 3, 3, "padded", "one chunk", True),
+    ("ppo", 1, 1, 3, 1, "tokens", "chunks", False),
+    ("grpo", 2, 1, 1, 1, "padded", "logits", True),
+    ("dr_grpo", 1, 1, 8, 3, "packed", "one chunk", "mlp"),
+    ("dr_grpo", 2, 0, 8, 1, "tokens", "chunks", True),
+    ("ppo", 1, 3, 3, 3, "padded", "logits", "mlp"),
+    ("ppo", 2, 2, 1, 1, "packed", "one chunk", False),
+    ("grpo", 1, 0, 3, 3, "packed", "logits", False),
+    ("dr_grpo", 1, 2, 3, 3, "padded", "chunks", True),
+    ("grpo", 2, 3, 8, 1, "tokens", "one chunk", "mlp"),
+    ("dr_grpo", 2, 3, 1, 3, "packed", "chunks", True),
+    ("ppo", 1, 2, 8, 3, "padded", "logits", False),
+    ("grpo", 2, 0, 1, 1, "tokens", "logits", "mlp"),
 ]
+
+
+def met(cases: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+    return {(i, str(a), j, str(b)) for case in cases for (i, a), (j, b) in itertools.combinations(enumerate(case), 2)}
+
+
+def test_every_pair_of_values_meets() -> None:
+    values = [ALGORITHMS, (1, 2), range(4), (1, 3, 8), (1, 3), FORWARDS, HEADS, (False, True, "mlp")]
+    assert met(PAIRWISE) == met(list(itertools.product(*values)))
+    quick = [case[5:] for case in COMPILED if isinstance(case, tuple) and isinstance(case[0], str)]
+    assert [{str(case[i]) for case in quick} for i in range(3)] == [set(FORWARDS), set(HEADS), {"False", "True", "mlp"}]
 
 
 @pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches", "forwards", "head", "checkpointing"), PAIRWISE)
@@ -147,6 +162,8 @@ def test_gradient_is_the_same_pairwise(
 # As above, with compiled layers in all models.
 COMPILED = [
     ("dr_grpo", 2, 3, 8, 1, "packed", "chunks", "mlp"),
+    ("ppo", 1, 0, 8, 1, "padded", "logits", False),
+    ("grpo", 1, 2, 8, 1, "tokens", "one chunk", True),
     pytest.param("ppo", 2, 3, 3, 1, "packed", "chunks", False, marks=pytest.mark.slow),
     pytest.param("ppo", 2, 2, 8, 3, "tokens", "logits", "mlp", marks=pytest.mark.slow),
     pytest.param("grpo", 2, 3, 3, 3, "tokens", "one chunk", True, marks=pytest.mark.slow),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import rlhf.models.compiling as compiling_module
+import rlhf.ops.head as head_module
+import rlhf.trainers.rl as rl_module
+import rlhf.trainers.run as run_module
 from rlhf.config import ROOT, Config, LoraConfig, ModelConfig, Recomputed, role_settings
 from rlhf.distributed import World
 from rlhf.engine import SharedPlacement, WholePlacement, full_tensors
+from rlhf.models.compiling import compile_layers
 from rlhf.models.export import export_adapter, export_model, on_host
 from rlhf.models.forward import position_ids
 from rlhf.models.loading import load_causal_lm, load_scalar_model
@@ -26,7 +32,7 @@ from rlhf.trainers.rl import Models, learn
 from rlhf.trainers.run import Run
 from rlhf.types import Scores
 from tests.distributed.steps import open_models
-from tests.helpers import make_rollout, make_scores, rl_config, run_ranks, save_state, saved_state, single_world, tiny_tokenizer
+from tests.helpers import VOCABULARY, make_rollout, make_scores, rl_config, run_ranks, save_state, saved_state, single_world, tiny_tokenizer
 
 ROLLOUT = make_rollout([4, 4, 9, 9, 2, 2, 5, 3], [3, 8, 5, 7, 4, 6, 1, 2], window=8)
 SCORES = make_scores([0.3, -1.0, 0.5, 2.0, -0.2, 1.0, 0.1, 0.7])
@@ -56,19 +62,22 @@ def scalar(models: Path, world: World, packing: bool = False) -> Any:
     return load_scalar_model(ModelConfig(path=models / "llama"), "reward", WholePlacement(world), world, torch.float32, "zero", packing)
 
 
-def recipe(models: Path, reward: Path, stage: int, shared: bool, sgd: bool = True, dtype: str = "float32", **role: Any) -> Config:
+def recipe(
+    models: Path, reward: Path, stage: int, shared: bool, sgd: bool = True, dtype: str = "float32", train: dict[str, Any] | None = None, **role: Any
+) -> Config:  # fmt: skip
     """PPO with four roles under LoRA; shared: all of them on the actor's base."""
     role = {"dtype": dtype, **role}
+    judge = {key: value for key, value in role.items() if key != "gradient_checkpointing"}
     return rl_config(
         models,
         stage,
         sgd,
         actor={"lora": {"r": 4}, "learning_rate": 0.3, **role},
         critic={"lora": {"r": 3}, "learning_rate": 0.3, "share_base": shared, **role},
-        reward={"components": [{"model": {"path": reward / ("adapter" if shared else "hf"), "dtype": dtype, "share_base": shared}}]},
+        reward={"components": [{"model": {"path": reward / ("adapter" if shared else "hf"), "share_base": shared, **judge}}]},
         algorithm={"kl": {"coef": 0.1}, "minibatches": 2},
         rollout={"prompts": 8, "max_new_tokens": 8},
-        train={"steps": 2, "micro_batch": 2},
+        train={"steps": 2, "micro_batch": 2, **(train or {})},
     )
 
 
@@ -99,12 +108,27 @@ def scorer(held: Models) -> RewardModel:
 # ---- the same bits
 
 
-def both_ways(world: World, models: Path, reward: Path, stage: int, checkpointing: Recomputed) -> list[dict[str, Tensor]]:
+FORWARDS: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"packing": False}, "tokens": {"micro_batch_tokens": 30}}
+HEADS, CHECKPOINTING, STAGES = ("one chunk", "chunks", "logits"), (False, True, "mlp"), ((0, 1), (0, 2), (1, 2), (2, 1), (2, 2))
+
+
+def both_ways(
+    world: World, models: Path, reward: Path, stage: int, checkpointing: Recomputed, forwards: str, head: str, backend: str | None
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    if head == "logits":
+        run_module.fuse_head = rl_module.fuse_head = lambda model: False  # type: ignore[assignment]
+    elif head == "chunks":
+        head_module.CHUNK_BYTES = 5 * VOCABULARY * 4
+    compiling_module.BACKEND = backend or compiling_module.BACKEND
     results = []
     for shared in (False, True):
-        held, run = open_models(recipe(models, reward, stage, shared, gradient_checkpointing=checkpointing), world)
+        config = recipe(models, reward, stage, shared, train=FORWARDS[forwards], gradient_checkpointing=checkpointing, compile=backend is not None)
+        held, run = open_models(config, world)
         if not shared:  # with the same adapters on a base of its own, where the recipe could only say hf/
-            scorer(held).forward = load_adapter(scalar(models, world, True), reward / "adapter").eval()
+            module = load_adapter(scalar(models, world, config.train.packing), reward / "adapter").eval()
+            if backend:
+                compile_layers(module)
+            scorer(held).forward = module
         before = weights(held)
         found = ppo_steps(held, run, range(1, 3))
         after = weights(held)
@@ -114,15 +138,44 @@ def both_ways(world: World, models: Path, reward: Path, stage: int, checkpointin
     return results
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "mlp"])
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2)])
-def test_one_base_computes_what_a_base_each_computes(models: Path, reward: Path, stage: int, ranks: int, checkpointing: Recomputed) -> None:
-    for apart, shared in run_ranks(both_ways, ranks, models, reward, stage, checkpointing):
+def one_base_computes_the_same(models: Path, reward: Path, place: tuple[int, int], *how: Any) -> None:
+    stage, ranks = place
+    for apart, shared in run_ranks(both_ways, ranks, models, reward, stage, *how, timeout=110):
         assert apart.keys() == shared.keys() and {"2 reference", "2 values", "1 actor/pg_loss", "2 critic/vf_loss"} <= apart.keys()
         assert [name for name in apart if not torch.equal(apart[name], shared[name])] == []
         torch.testing.assert_close(shared["1 reference"], shared["2 reference"], atol=1e-5, rtol=1e-5)  # other rows meet in a forward of step 2
         for name in ("old", "values"):
             assert (shared[f"1 {name}"] - shared[f"2 {name}"]).abs().max() > 1e-2
+
+
+# Every pair of values meets.
+PAIRWISE = [
+    (place, CHECKPOINTING[j], tuple(FORWARDS)[(i + j) % 3], HEADS[(i + 2 * j) % 3], None) for i, place in enumerate(STAGES) for j in range(3)
+]  # fmt: skip
+COMPILED = [((0, 1), False, "packed", "chunks", "eager")]
+
+
+@pytest.mark.parametrize(("place", "checkpointing", "forwards", "head", "backend"), PAIRWISE + COMPILED)
+def test_one_base_computes_what_a_base_each_computes(
+    models: Path, reward: Path, place: tuple[int, int], checkpointing: Recomputed, forwards: str, head: str, backend: str | None
+) -> None:
+    one_base_computes_the_same(models, reward, place, checkpointing, forwards, head, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("forwards", "head", "checkpointing"), list(itertools.product(FORWARDS, HEADS, CHECKPOINTING)))
+@pytest.mark.parametrize("place", STAGES)
+def test_one_base_computes_what_a_base_each_computes_full_grid(
+    models: Path, reward: Path, place: tuple[int, int], checkpointing: Recomputed, forwards: str, head: str
+) -> None:
+    one_base_computes_the_same(models, reward, place, checkpointing, forwards, head, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("i", "j"), list(itertools.product(range(3), range(3))))
+def test_one_base_computes_what_a_base_each_computes_compiled(models: Path, reward: Path, i: int, j: int) -> None:
+    how = (CHECKPOINTING[j], tuple(FORWARDS)[(i + j) % 3], HEADS[i])
+    one_base_computes_the_same(models, reward, ((2, 1), (2, 2), (0, 2))[i], *how, "aot_eager")
 
 
 def scores_of(world: World, models: Path, reward: Path, shared: bool) -> Tensor:
