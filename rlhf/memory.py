@@ -46,6 +46,8 @@ GIB = 2**30
 CONTEXT = 0.8 * GIB  # CUDA context, kernels, cuBLAS workspaces
 NCCL = 1.0 * GIB  # its buffers, once there are several ranks
 MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
+AROUND = ("gen", "testing", "hand_over", "save_checkpoint")  # phases whose memory does not depend on the budget of a forward
+EXPORTED = 256 << 20  # bytes of weights that are brought together at a time for an export (`engine.full_tensors`)
 LIVE = 500_000_000  # elements that ZeRO-3 leaves gathered: half of stage3_max_reuse_distance, as the backward pass comes back over them
 PREFETCHED = 50_000_000  # and gathers ahead: stage3_prefetch_bucket_size
 
@@ -356,7 +358,7 @@ def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, 
     plan = _plan_of(config, held, ranks, longest, on_gpu, capacity, None)
     if not give_way or not capacity or config.task != "rl" or config.rollout.cache_tokens or releases(config) or config.deterministic:
         return plan
-    most, cache = max(plan.total(phase) for phase in plan.phases if phase != "gen"), plan.phases["gen"].get("rollout: KV cache", 0.0)
+    most, cache = max(plan.total(phase) for phase in plan.phases if phase not in AROUND), plan.phases["gen"].get("rollout: KV cache", 0.0)
     if most <= capacity * (1 - MARGIN):
         return plan
     left = cache - (most - capacity * (1 - MARGIN))
@@ -390,9 +392,16 @@ def _plan_of(
             peak = {f"{name}: step": h.step}
         return {f"{name}: gathered": h.gathered, f"{name}: gradients": h.gradients, f"{name}: buckets": h.buckets, **peak}
 
+    def save(name: str) -> dict[str, float]:
+        return {f"{name}: gathered": min(held[name].gathered, EXPORTED)} if config.checkpoint.save_hf else {}
+
     if config.task != "rl":
         (name,) = held
+        h = held[name]
         plan.phases["update_" + name] = _present(always | update(name))
+        if config.validation.data:
+            plan.phases["testing"] = _present(always | {f"{name}: gathered": h.gathered, f"{name}: forward": h.forward.passing(backward=False)})
+        plan.phases["save_checkpoint"] = _present(always | save(name))
         return plan
 
     rollout, architecture = config.rollout, read_architecture(config.actor, "actor")
@@ -427,21 +436,25 @@ def _plan_of(
         return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
     plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})
+    judging: dict[str, float] = {}
     if judges:
         name = max(judges, key=lambda name: judges[name])
         h = held[name]
-        plan.phases["reward"] = _present(
-            always | after | visitors | {f"{name}: gathered": h.gathered, f"{name}: forward": h.forward.passing(backward=False)}
-        )
+        judging = visitors | {f"{name}: gathered": h.gathered, f"{name}: forward": h.forward.passing(backward=False)}
+        plan.phases["reward"] = _present(always | after | judging)
     if config.uses_reference:
         plan.phases["ref"] = _present(always | after | score("reference" if "reference" in held else "actor"))
     if "critic" in held:
         plan.phases["values"] = _present(always | after | score("critic"))
-    if needs_old_logprobs(config, config.train.steps or 1):
+    if needs_old_logprobs(config, 1):  # as in every step, or in those in which the critic learns alone
         plan.phases["old_log_prob"] = _present(always | after | score("actor", 1))
     for name in ("actor", "critic"):
         if name in held:
             plan.phases[f"update_{name}"] = _present(always | after | update(name))
+    plan.phases["hand_over"] = _present(always | (own if releases(config) else cache))
+    if config.validation.data:  # a rollout, and then the reward models beside its cache
+        plan.phases["testing"] = max(plan.phases["gen"], _present(always | cache | judging), key=lambda items: sum(items.values()))
+    plan.phases["save_checkpoint"] = _present(always | after | save("actor"))
     return plan
 
 
@@ -457,6 +470,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Of the device, whoever found out: torch's allocator, CUDA (for a graph, say), cuBLAS, NCCL or Triton."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and ("out of memory" in text or "alloc_failed" in text))
+
+
+def taken() -> str:
+    """Of the device, now and at most since the meter last looked, for a message; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    now, most = torch.cuda.memory_allocated() / GIB, torch.cuda.max_memory_allocated() / GIB
+    return f"it held {(total - free) / GIB:.1f} of {total / GIB:.1f} GiB, {now:.1f} of them in tensors ({most:.1f} at most)"
 
 
 class MemoryMeter:

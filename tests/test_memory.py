@@ -192,7 +192,7 @@ def planned(config: Config, ranks: int = 2) -> Plan:
 
 def test_phases_and_shares(recipe: Any) -> None:
     plan = planned(recipe())
-    assert list(plan.phases) == ["gen", "ref", "values", "old_log_prob", "update_actor", "update_critic"]
+    assert list(plan.phases) == ["gen", "ref", "values", "old_log_prob", "update_actor", "update_critic", "hand_over", "save_checkpoint"]
     parameters = 50 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 32  # llama, tied
     update = plan.phases["update_actor"]
     assert update["actor: weights"] == 2 * parameters / 2 and update["actor: moments"] == 8 * parameters / 2
@@ -249,8 +249,40 @@ def test_frozen_models_are_there_to_score(recipe: Any) -> None:
         assert ("judge: weights" in items) == (phase == "reward")
         assert ("reference: weights" in items) == (phase in ("reward", "ref", "values", "old_log_prob"))
         assert "judge: weights" in plain.phases[phase] and plan.total(phase) <= plain.total(phase)
-    assert list(plan.phases) == ["gen", "reward", "ref", "values", "old_log_prob", "update_actor", "update_critic"]
+    scoring = ["gen", "reward", "ref", "values", "old_log_prob"]
+    assert list(plan.phases) == [*scoring, "update_actor", "update_critic", "hand_over", "save_checkpoint"]
     assert "judge: forward" in plan.phases["reward"] and plan.total("reward") == plain.total("reward")
+
+
+def test_phases_around_the_update(recipe: Any) -> None:
+    validation = {"data": [{"path": "none.jsonl"}], "verifier": "exact_match"}
+    model = {"path": recipe().actor.path, "dtype": "bfloat16"}
+    plan = planned(recipe(validation=validation))
+    assert plan.phases["testing"] == plan.phases["gen"] and plan.total("hand_over") < plan.total("gen")
+    assert plan.phases["save_checkpoint"].keys() - plan.phases["hand_over"].keys() == {"actor: gathered"}
+    judged = planned(recipe(validation=validation, reward={"components": [{"model": model}]}, rollout={"prefill_tokens": 1, "max_batch": 1}))
+    assert judged.total("testing") == judged.total("reward") > judged.total("gen")  # a reward model's forward takes more than a token's
+    released = planned(recipe(validation=validation, rollout={"release": True}))
+    assert {"rollout: weights"} == {item for item in released.phases["hand_over"] if item.startswith("rollout")}
+    assert not any(item.startswith("rollout") for item in released.phases["save_checkpoint"])
+    assert "actor: gathered" not in planned(recipe(checkpoint={"save_hf": False})).phases["save_checkpoint"]
+
+    single = {
+        "name": "ppo",
+        "kl": {"coef": 0.1, "place": "loss", "estimator": "k2"},
+        "minibatches": 1,
+    }  # unless the critic learns alone
+    assert "old_log_prob" not in planned(recipe(algorithm=single)).phases
+    assert "old_log_prob" in planned(recipe(algorithm={**single, "critic_warmup_steps": 2}, train={"steps": 5})).phases
+
+
+def test_what_was_held_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.taken() == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB // 2, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 20 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 22 * GIB)
+    assert memory.taken() == "it held 23.5 of 24.0 GiB, 20.0 of them in tensors (22.0 at most)"
 
 
 def test_budget_of_tokens_and_rows(recipe: Any) -> None:
@@ -410,7 +442,7 @@ def needed(config: Config, gib: float, ranks: int, give_way: bool = False) -> fl
     """GiB of the largest phase that depends on the choice, by the plan of the resolved recipe on such a device."""
     held = {name: memory.held_by(config, name, role, ranks, memory.longest_row(config)) for name, role in roles(config)}
     plan = memory.plan_of(config, held, ranks, memory.longest_row(config), True, int(gib * GIB), give_way)
-    return max(plan.total(phase) for phase in plan.phases if phase != "gen") / GIB
+    return max(plan.total(phase) for phase in plan.phases if phase not in memory.AROUND) / GIB
 
 
 @pytest.mark.parametrize(

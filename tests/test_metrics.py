@@ -15,12 +15,14 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 from transformers import GPT2Config, LlamaConfig
 
-from rlhf.config import TrackingConfig
+from rlhf.config import TrackingConfig, parse_config
 from rlhf.metrics import (
     Console,
     MetricsLog,
@@ -35,6 +37,7 @@ from rlhf.metrics import (
     wilson_interval,
     write_samples,
 )
+from rlhf.trainers import validation
 
 ROOT = Path(__file__).resolve().parent.parent
 OFF = TrackingConfig()
@@ -389,3 +392,26 @@ def test_write_samples_is_atomic(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         write_samples(path, broken())
     assert read_lines(path) == [{"prompt": "é"}]
+
+
+def test_memory_that_runs_out_in_a_validation_is_of_what_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward model's forward has other keys to make it smaller than the rollout that it judges."""
+    from rlhf.budget import smaller
+
+    def judge(rollout: Any) -> Any:
+        assert timer.latest == "reward"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    timer, nothing = PhaseTimer(), MagicMock()
+    config = parse_config({"task": "rl", "run_dir": "x", "actor": {"path": "x"}, "reward": {"components": [{"function": "exact_match"}]},
+                           "data": {"train": {"path": "x"}}, "train": {"steps": 1, "micro_batch_tokens": 8192}})  # fmt: skip
+    for name in ("share_out", "gather_rollout"):
+        monkeypatch.setattr(validation, name, nothing)
+    rewards = MagicMock(score_with_models=judge)
+    validate = validation.Validator(config, [], nothing, rewards, nothing, nothing, nothing, Path("x"), part=timer.part)
+    with pytest.raises(torch.OutOfMemoryError), timer.phase("testing"):
+        validate(1)
+    assert smaller(config, timer.latest, 512) == ("train.micro_batch_tokens", 6400)
+    with timer.phase("testing"), timer.part("reward"):
+        pass
+    assert timer.latest == "testing"

@@ -16,7 +16,7 @@ class PhaseTimer:
 
     `synchronize` waits for the device at both ends of a phase (`torch.cuda.synchronize`, None on CPU): kernels run on after their
     launch returns, and without it their seconds are booked on a later phase. `on_phase` hears the name of each phase that begins, `on_end` of
-    each that ends. `latest`: the phase that is on, or was; `step`: its step.
+    each that ends. `latest`: the phase (or `part`) that is on, or was; `step`: its step.
     """
 
     def __init__(
@@ -51,6 +51,13 @@ class PhaseTimer:
         self._seconds[name] += time.perf_counter() - start
         self._on_end(name)
         self.add(name, tokens, flops)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is booked on the phase that is on, but is called `name` where it fails."""
+        outer, self.latest = self.latest, name
+        yield
+        self.latest = outer
 
     def add(self, name: str, tokens: int = 0, flops: float = 0.0) -> None:
         """Book tokens and model operations that are known only after the phase."""

@@ -127,7 +127,9 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
     kl_controller = KLController(algorithm.kl.coef, algorithm.kl.controller == "adaptive", algorithm.kl.target, algorithm.kl.horizon)
     validate = None
     if verifier:
-        validate = Validator(config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir, run.disk_may_fail)
+        validate = Validator(
+            config, held_out, verifier, models.rewards, models.hybrid_engine, tokenizer, world, run.samples_dir, run.disk_may_fail, run.timer.part
+        )
     timer, accounting = run.timer, Accounting(run, models)
 
     start = run.resume(models.engines, steps)

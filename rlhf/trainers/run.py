@@ -33,7 +33,7 @@ from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.files import Written
 from rlhf.guards import Action, Guard
-from rlhf.memory import GIB, MemoryMeter, Plan, device_capacity, host_capacity, is_out_of_memory, longest_row, plan_memory
+from rlhf.memory import GIB, MemoryMeter, Plan, device_capacity, host_capacity, is_out_of_memory, longest_row, plan_memory, taken
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
@@ -442,16 +442,17 @@ class Run:
         """Write a smaller budget and end this rank and all others, to be started again. ValueError, when the others have ended, if none can be
         smaller."""
         phase, folder, reason = self.timer.latest, self.config.run_dir, str(error).partition("\n")[0]
+        held = "; ".join(filter(None, [taken(), f"planned for it: {self.plan.largest(phase)}"]))
         try:
             key, value = smaller(self.config, phase, self.longest, self.plan.cache is not None)
-        except ValueError:
+        except ValueError as problem:
             self.world.end_all(2)
-            raise
+            raise ValueError(f"{problem}\n{held}") from None
         write_budget(folder, self.world.rank, key, value)
         tell(EXIT_AGAIN)
         print(
             f"error (rank {self.world.rank}): out of memory in phase {phase}: {reason}\n"
-            f"planned for it: {self.plan.largest(phase)}\n"
+            f"{held}\n"
             f"Start it again: it goes on with {key}={value} ({folder / BUDGET}). To have it so from the start, put that into the recipe.",
             file=sys.stderr,
             flush=True,

@@ -38,6 +38,7 @@ class Validator:
     world: World
     samples_dir: Path
     disk_may_fail: Callable[[], AbstractContextManager[None]] = nullcontext
+    part: Callable[[str], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, step: int) -> dict[str, float]:
         """Metrics of the current weights; the engine must hold them. A sample that the verifier cannot judge counts as wrong. (collective)"""
@@ -50,7 +51,9 @@ class Validator:
         early.close()
         self.world.wait_for_all("validation")
         rollout = gather_rollout(local, dict(enumerate(self.prompts)), self.world)
-        scores = self.rewards.score(rollout, early, self.rewards.score_with_models(rollout))
+        with self.part("reward"):  # whose memory depends on other keys than the rollout's
+            judged = self.rewards.score_with_models(rollout)
+        scores = self.rewards.score(rollout, early, judged)
         verdict, failures = collect(VERIFIER, early, rollout, self.world)
         correct = (verdict.nan_to_num(0.0) >= 1.0).float()
         metrics: dict[str, float] = {"val-aux/verifier/failed": float(sum(failures.values()))}
