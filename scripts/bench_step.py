@@ -4,9 +4,10 @@
     deepspeed --num_gpus 1 scripts/bench_step.py --shape 0.5B --algorithm ppo --workload V
     deepspeed --num_gpus 1 scripts/bench_step.py --shape 7B --workload A --lora 64 --only update
 
-Responses are forced to the workload's lengths (scripts/workloads.py), one optimizer step per rollout. JSON lines from rank 0: for each phase the
-median seconds, tokens/s and MFU (model operations / seconds / 989e12; recomputation never counts, LoRA counts two passes), for the whole step the
-share of the bound, peak memory by cudaMemGetInfo and, with --profile, the share of the step's time that the device was busy.
+Responses are forced to the workload's lengths (scripts/workloads.py), one optimizer step per rollout unless --minibatches are given. JSON lines from
+rank 0: figures of the bars, and a line for each phase and the whole step with the median seconds, tokens/s, MFU (model operations / seconds / 989e12;
+recomputation never counts, LoRA counts two passes), share of the bound, and with --profile the share of the time that the device was busy. Memory
+of the whole is the most that cudaMemGetInfo says is taken, of a phase what tensors and all but torch's allocator had (it keeps what it was given).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from torch.autograd.profiler_util import DeviceType
 from transformers import AutoModel, AutoModelForCausalLM
 
 import rlhf.engine
@@ -32,7 +35,8 @@ from rlhf.config import ROOT, Config, ModelConfig, RewardComponentConfig, Traine
 from rlhf.distributed import World, init_world
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.experience import gather_rollout, scored_together
-from rlhf.metrics import PhaseTimer
+from rlhf.memory import MemoryMeter
+from rlhf.metrics import PhaseTimer, model_shape, rollout_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
 from rlhf.models.fused import fuse
@@ -49,6 +53,7 @@ from rlhf.types import Prompt, Rollout, Sampling, Scores
 from scripts.workloads import CHIPS, SHAPES, WORKLOADS, rollout_bound, scoring_flops, step_lengths
 
 PIECES = ("packing", "head", "kernels", "layers", "together")
+PHASE = "phase "  # before its name, in a profile
 PEAK = 989e12  # dense bf16 FLOP/s of the H100's and the H200's datasheet
 
 
@@ -79,8 +84,7 @@ def recipe(args: argparse.Namespace) -> Config:
         "algorithm": {"name": args.algorithm, "kl": {"coef": 0.0 if args.no_reference else 0.001, "place": "loss", "estimator": "k3_corrected"}},
         "train": {"steps": 100} | ({"micro_batch_tokens": args.tokens} if packing else {"packing": False, "micro_batch": args.tokens // longest}),
     }
-    if args.algorithm == "ppo":
-        tree["algorithm"] |= {"epochs": 1, "minibatches": 1}
+    tree["algorithm"] |= {"epochs": 1, "minibatches": args.minibatches}
     return parse_config(tree)
 
 
@@ -146,7 +150,12 @@ def build(args: argparse.Namespace, config: Config, world: World) -> Models:
 def main(args: argparse.Namespace) -> None:
     world = init_world()
     by_layer = rlhf.engine.fetch_by_layer
-    for without in ([], *([piece] for piece in PIECES)) if args.in_turn else (args.without,):
+    turns: dict[str | None, list[list[str]]] = {
+        None: [args.without],
+        "off": [[], *([piece] for piece in PIECES)],
+        "on": [list(PIECES[i:]) for i in range(len(PIECES) + 1)],
+    }
+    for without in turns[args.in_turn]:
         rlhf.engine.fetch_by_layer = by_layer if "layers" not in without else lambda module: None
         run(argparse.Namespace(**vars(args) | {"without": without}), world)
         gc.collect()
@@ -170,7 +179,17 @@ def run(args: argparse.Namespace, world: World) -> None:
     reward = RewardComponentConfig(function="scripts.workloads:waiting", arguments={"seconds": args.reward_ms / 1000})
     waiting = FunctionReward(reward)
     pool = Pool([waiting.path] if args.reward_ms else [], args.workers)
-    timer = PhaseTimer(torch.cuda.synchronize if on_gpu else None)
+    meter, open_phase = MemoryMeter(on_gpu), ExitStack()
+
+    def on_phase(name: str) -> None:
+        open_phase.enter_context(torch.profiler.record_function(PHASE + name))
+        meter.begin()
+
+    def on_end(name: str) -> None:
+        meter.end(name)
+        open_phase.close()
+
+    timer = PhaseTimer(torch.cuda.synchronize if on_gpu else None, on_phase, on_end)
     records: list[dict[str, float]] = []
     peak = 0.0
 
@@ -252,7 +271,7 @@ def run(args: argparse.Namespace, world: World) -> None:
                 ),
                 flush=True,
             )
-    busy = None
+    busy: dict[str, float] = {}
     if args.profile and on_gpu:
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU])
     else:
@@ -262,22 +281,36 @@ def run(args: argparse.Namespace, world: World) -> None:
             step(args.warmup + args.steps + 1)
         profiled = records.pop()
         if on_gpu:
-            busy = report_profile(found, profiled, args.profile, world)
+            busy = report_profile(found, profiled["step"], args.profile, world)
     pool.close()
     kept = records[args.warmup :]
     seconds = {name: statistics.median(r.get(name, 0.0) for r in kept) for name in kept[0]}
     if world.is_main:
-        report(args, world, seconds, lengths, before, prompts, peak, busy)
+        report(args, world, seconds, lengths, before, prompts, peak, meter.peaks, busy)
 
 
-def report_profile(found: Any, record: dict[str, float], rows: int, world: World) -> float | None:
-    """Prints the kernels that take longest, and returns the share of the step's seconds in which the device ran one."""
-    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("Optimizer")]
+def report_profile(found: Any, step: float, rows: int, world: World) -> dict[str, float]:
+    """Prints the kernels that take longest. Of each phase, and of the step of so many seconds: in which share of it the device ran one."""
+    events = [e for e in found.events() if e.device_type == DeviceType.CUDA]
+    # Annotations are shown on the device too.
+    kernels = [e for e in events if not (getattr(e, "is_user_annotation", False) or e.name.startswith(("Optimizer", PHASE, "nccl:")))]
     spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
-    busy, end = 0.0, 0.0
-    for start, stop in spans:
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+
+    def busy(first: float, last: float) -> float:
+        """Microseconds of that time in which a kernel ran."""
+        total, end = 0.0, first
+        for start, stop in spans:
+            stop = min(stop, last)
+            total += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        return total
+
+    phases = [e for e in found.events() if e.device_type == DeviceType.CPU and e.name.startswith(PHASE)]
+    shares: dict[str, list[float]] = {}
+    for e in phases:
+        sums = shares.setdefault(e.name.removeprefix(PHASE), [0.0, 0.0])
+        sums[0] += busy(e.time_range.start, e.time_range.end)
+        sums[1] += e.time_range.end - e.time_range.start
     if world.is_main:
         totals: dict[str, list[float]] = {}
         for e in kernels:
@@ -286,7 +319,7 @@ def report_profile(found: Any, record: dict[str, float], rows: int, world: World
             entry[1] += 1
         for name, (micros, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:rows]:
             print(f"{micros / 1e3:10.1f} ms {count:7d}  {name[:130]}", flush=True)
-    return busy / 1e6 / record["step"]
+    return {name: running / whole for name, (running, whole) in shares.items()} | {"step": busy(0.0, math.inf) / 1e6 / step}
 
 
 def report(
@@ -297,7 +330,8 @@ def report(
     before: int,
     prompts: list[Prompt],
     peak: float,
-    busy: float | None,
+    peaks: dict[str, float],
+    busy: dict[str, float],
 ) -> None:
     shape, ranks = SHAPES[args.shape], world.size
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
@@ -305,6 +339,7 @@ def report(
     tokens, flops = int((lengths + before).sum()), scoring_flops(shape, lengths + before, lengths)
     factor = 2 if args.lora else 3
     case = f"{args.workload}-{args.shape}" + (f"-lora{args.lora}-all" if args.lora else "") + (f"-z{args.zero}x{ranks}" if ranks > 1 else "")
+    case += f"-minibatches{args.minibatches}" * (args.minibatches > 1)
     case += "-offload" * args.offload + "-compiled" * args.compile + "".join(f"-without-{piece}" for piece in args.without)
     case = args.case or case
     common = {"case": case, "machine": f"{ranks}x {name}", "algorithm": args.algorithm, "steps": args.steps, "tokens_per_forward": args.tokens}
@@ -319,19 +354,34 @@ def report(
     if args.reward_ms:
         whole = len(lengths) / ranks * args.reward_ms / 1000 / args.workers  # seconds, if the workers never had to wait
         lines.append({"bench": "tail", "metric": "share", "value": seconds["reward"] / whole, "reward_ms": args.reward_ms, "workers": args.workers})
+    scalar = scoring_flops(shape, lengths + before, 0 * lengths)
+    sampled = rollout_flops(
+        model_shape(shape.config()), np.arange(len(prompts)).repeat(len(lengths) // len(prompts)), np.full_like(lengths, before), lengths
+    )
+    work = {"gen": sampled, "ref": flops, "old_log_prob": flops, "values": scalar, "update_actor": factor * flops, "update_critic": factor * scalar}
+    bounds = {name: operations / CHIPS[chip][1] / ranks for name, operations in work.items() if seconds.get(name)}
     if not args.only:
-        work = (factor + (0 if args.no_reference else 1)) * flops
-        if args.algorithm == "ppo":  # the critic's values, and its update
-            work += 4 * scoring_flops(shape, lengths + before, 0 * lengths)
-        bound = (rollout_bound(shape, [p.input_ids for p in prompts], lengths.tolist(), chip) + work / CHIPS[chip][1]) / ranks
-        share = bound / seconds["step"]
-        lines.append({"bench": "step", "metric": "share_of_bound", "value": share, "bound": bound})
+        bounds["gen"] = rollout_bound(shape, [p.input_ids for p in prompts], lengths.tolist(), chip) / ranks
+        bound = sum(value for name, value in bounds.items() if name != "old_log_prob")  # which one update of all rows would not need
+        lines.append({"bench": "step", "metric": "share_of_bound", "value": bound / seconds["step"], "bound": bound})
         lines.append({"bench": "step", "metric": "seconds", "value": seconds["step"]})
         lines.append({"bench": "step", "metric": "tok_s_gpu", "value": tokens / seconds["step"] / ranks})
+    for name, spent in seconds.items():
+        if name == "after_gen" or (name == "gen" and args.only):
+            continue
+        line = {"bench": "phase", "phase": name, "seconds": spent, "peak_gb": peak if name == "step" else peaks.get(name, 0.0) / 1e9}
+        if name in bounds:
+            line |= {"tok_s_gpu": tokens / spent / ranks, "mfu": work[name] / spent / ranks / PEAK, "share_of_bound": bounds[name] / spent}
+        elif name == "step" and not args.only:
+            operations = sum(work[phase] for phase in bounds)
+            line |= {"tok_s_gpu": tokens / spent / ranks, "mfu": operations / spent / ranks / PEAK, "share_of_bound": bound / spent}
+        lines.append(line | ({"busy_share": busy[name]} if name in busy else {}))
     for line in lines:
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in (line | common).items()}), flush=True)
-    phases = {k: round(v, 4) for k, v in seconds.items()}
-    print(json.dumps({"bench": "phases", "case": case, **phases, **({"busy_share": round(busy, 4)} if busy is not None else {})}), flush=True)
+        print(json.dumps({k: short(v) if isinstance(v, float) else v for k, v in (line | common).items()}), flush=True)
+
+
+def short(value: float) -> float:
+    return round(value, 4) if abs(value) >= 0.01 else float(f"{value:.3g}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -342,6 +392,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--times", type=float, default=1, help="so many times the workload's prompts")
     parser.add_argument("--reward_ms", type=float, default=0, help="a reward that waits so long for each sample, while decoding")
     parser.add_argument("--workers", type=int, default=8, help="of that reward")
+    parser.add_argument("--minibatches", type=int, default=1, help="optimizer steps per rollout; with more than one old logprobs are needed")
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--zero_set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of zero_optimization")
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters, on all linear layers")
@@ -355,7 +406,9 @@ def arguments() -> argparse.ArgumentParser:
         choices=PIECES,
         help="what each brings: rows without padding, logits in chunks, fused kernels, ZeRO-3 gathering by layers, forwards scored together",
     )
-    parser.add_argument("--in_turn", action="store_true", help="with everything, then without each of these in turn")
+    parser.add_argument(
+        "--in_turn", choices=("on", "off"), help="several runs: with none of these, each added to those before; or with all, each left out"
+    )
     parser.add_argument("--compile", action="store_true", help="compile=true of every role: compiled layers instead of fused kernels")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a forward")
     parser.add_argument("--max_batch", type=int, default=2048, help="of the rollout")
