@@ -16,11 +16,13 @@ from rlhf.batching import MicroBatchPlan, collate
 from rlhf.models.forward import response_logprobs
 from rlhf.models.packing import pack_attention
 from rlhf.models.scoring_head import fuse_head
+from rlhf.ops import head
 from rlhf.ops.head import _chunks, _gradient, _statistics, score_tokens
 from rlhf.ops.logprobs import token_logprobs
 from tests.interpreter import interpreted
 
 N, H, V = 13, 8, 37
+in_kernels = pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.timeout(120)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -106,26 +108,47 @@ CONFIGS = {
 }
 
 
+def as_kernels_read(tensor: Any) -> Any:
+    """The numbers that lie one behind the other from the tensor's first on."""
+    return tensor.as_strided(tensor.shape, torch.empty(tensor.shape).stride()) if isinstance(tensor, Tensor) else tensor
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("packing", [True, False])
-def test_response_logprobs_through_the_head(family: str, packing: bool) -> None:
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+@pytest.mark.parametrize("way", ["plain", "as kernels read", pytest.param("kernels", marks=in_kernels)])
+def test_response_logprobs_through_the_head(family: str, packing: bool, entropy_gradient: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token's gradient by its own factor, in the loss of a model whose head answers: what a kernel is given there lies otherwise than alone."""
+    device = torch.device("cuda" if way == "kernels" and torch.cuda.is_available() else "cpu")
+    if way == "kernels":
+        interpreted()
+        monkeypatch.setattr(head, "_in_kernels", lambda logits: True)
+    elif way == "as kernels read":
+        for function in (_gradient, _statistics):
+            monkeypatch.setattr(head, function.__name__, lambda *given, function=function: function(*map(as_kernels_read, given)))
     ids = torch.randint(1, V, (3, 12), generator=torch.Generator().manual_seed(0))
     p, n = torch.tensor([3, 5, 2]), torch.tensor([7, 4, 10])
     mask = torch.arange(10)[None] < n[:, None]
-    batch = collate(ids, p, n, mask, MicroBatchPlan([0, 1, 2]), packing=packing)
+    batch = collate(ids, p, n, mask, MicroBatchPlan([0, 1, 2]), packing=packing).to(device)
+    factors, others = (random(3, 10, seed=seed).to(device) * batch.mask for seed in (5, 6))
     found = []
     for fused in (False, True):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32).to(device)
         if packing:
             pack_attention(model)
         if fused:
             assert fuse_head(model)
-        logprobs, entropy = response_logprobs(model, batch, 0.9, entropy_gradient=True)
-        ((logprobs - 0.3 * entropy) * batch.mask).sum().backward()
+        logprobs, entropy = response_logprobs(model, batch, 0.9, entropy_gradient=entropy_gradient)
+        (logprobs * factors + (entropy * others if entropy_gradient else 0.0)).sum().backward()
         found.append((logprobs.detach()[batch.mask], entropy.detach()[batch.mask], *(q.grad for q in model.parameters())))
     for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_kernels_are_given_what_lies_dense() -> None:
+    with pytest.raises(RuntimeError, match="a kernel of the head was given tensors with strides"):
+        head._check_dense(random(4), random(4, 2)[:, 0])
 
 
 def test_who_does_not_ask_gets_logits() -> None:
@@ -173,8 +196,6 @@ def test_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("on a GPU they run as they are")
     interpreted()
-    from rlhf.ops import head
-
     logits, tokens = random(3, 5000) * 3, torch.tensor([0, 4999, 4096])
     log_z, mean, chosen = torch.empty(3), torch.empty(3), torch.empty(3)
     head._statistics_kernel[(3,)](logits, tokens, log_z, mean, chosen, 5000, 0.7, 4096)

@@ -49,7 +49,7 @@ class _ScoreTokens(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, chunk: int, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        n = len(hidden)
+        n, tokens = len(hidden), tokens.contiguous()
         log_z, mean, chosen = (torch.empty(n, device=hidden.device) for _ in range(3))
         logits: Tensor | None = None
         for part in _chunks(n, chunk):
@@ -64,6 +64,8 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens, log_z, mean = ctx.saved_tensors
+        # What the loss gives lies as it likes: of the scores of one tensor [n, 2] every second number is a logprob's.
+        d_logprobs, d_entropy = d_logprobs.contiguous(), d_entropy.contiguous()
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         n, chunk = len(hidden), ctx.chunk
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -88,7 +90,7 @@ class _ScoreTokensFrozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
-        n = len(hidden)
+        n, tokens = len(hidden), tokens.contiguous()
         log_z, mean, chosen = (torch.empty(n, device=hidden.device) for _ in range(3))
         d_hidden, one = torch.empty_like(hidden), torch.ones(n, device=hidden.device)
         for part in _chunks(n, chunk):
@@ -126,9 +128,20 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, wide: bool) -
     return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
+def _in_kernels(logits: Tensor) -> bool:
+    return logits.is_cuda
+
+
+def _check_dense(*tensors: Tensor) -> None:
+    """Kernels count elements one by one from the first: of anything else they would read, or write, other numbers without an error."""
+    if not all(t.is_contiguous() for t in tensors):
+        raise RuntimeError(f"a kernel of the head was given tensors with strides {[t.stride() for t in tensors]}")
+
+
 def _statistics(logits: Tensor, tokens: Tensor, temperature: float, log_z: Tensor, mean: Tensor, chosen: Tensor) -> None:
     """Of logits [c, V] / temperature: log of the sum of exponentials, mean under the softmax, the token's own; written to [c] float32 each."""
-    if logits.is_cuda:
+    if _in_kernels(logits):
+        _check_dense(logits, tokens, log_z, mean, chosen)
         _statistics_kernel[(len(logits),)](logits, tokens, log_z, mean, chosen, logits.shape[1], temperature, 4096, num_warps=8)
         return
     scaled = logits.float() / temperature
@@ -139,7 +152,8 @@ def _statistics(logits: Tensor, tokens: Tensor, temperature: float, log_z: Tenso
 
 def _gradient(logits: Tensor, tokens: Tensor, temperature: float, log_z: Tensor, mean: Tensor, d_logprob: Tensor, d_entropy: Tensor | None) -> None:
     """logits [c, V] become their own gradient, in place. With p = softmax: d logprob = 1[token] - p, d entropy = -p (logit - mean)."""
-    if logits.is_cuda:
+    if _in_kernels(logits):
+        _check_dense(logits, tokens, log_z, mean, d_logprob, *([] if d_entropy is None else [d_entropy]))
         width = logits.shape[1]
         _gradient_kernel[(len(logits), triton.cdiv(width, 4096))](
             logits, tokens, log_z, mean, d_logprob, d_logprob if d_entropy is None else d_entropy, width, temperature, 4096, d_entropy is not None,
