@@ -20,6 +20,7 @@ from rlhf.rollout import kernels
 from rlhf.rollout.sampler import gumbel_noise, row_keys
 from rlhf.types import MicroBatch, Prompt, Rollout, Sampling
 from tests.helpers import VOCABULARY, deepspeed_block, draw, rollout_engine
+from tests.one_update import difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(600)]
 
@@ -128,6 +129,23 @@ def test_packed_rows_are_padded_rows(models: Path, dtype: torch.dtype, limit: fl
         found.append((logprobs.detach() * batch.mask, gradient))
     for padded, packed in zip(*found, strict=True):
         assert float((padded - packed).norm() / padded.norm()) < limit
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "forwards", "checkpointing", "lora", "limit"),
+    [
+        ("ppo", "float32", "packed", "false", 0, 1e-3),
+        ("ppo", "bfloat16", "packed", "mlp", 0, 0.1),
+        ("dr_grpo", "bfloat16", "tokens", "false", 4, 0.1),
+        ("grpo", "bfloat16", "padded", "true", 0, 0.1),
+    ],
+)
+def test_an_update_is_the_cpus(
+    models: Path, tmp_path: Path, algorithm: str, dtype: str, forwards: str, checkpointing: str, lora: int, limit: float
+) -> None:  # fmt: skip
+    """The whole of an optimizer step, several forwards with a factor for every token, against float32 on the CPU, where no kernel of ours runs."""
+    found = difference(models, tmp_path, algorithm, dtype, forwards, checkpointing, lora)
+    assert max(found.values()) < limit, found
 
 
 def test_bf16_training_under_zero_3(models: Path, world: World, tmp_path: Path) -> None:
