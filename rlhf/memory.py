@@ -472,7 +472,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and ("out of memory" in text or "alloc_failed" in text))
 
 
-def taken() -> str:
+def of_others(ranks: int) -> float:
+    """Bytes of this rank's device that other processes hold, as far as it can be told: asked before anything of ours is there. 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return max(0.0, total - free - torch.cuda.memory_reserved() - CONTEXT - (NCCL if ranks > 1 else 0.0))
+
+
+def held_now() -> str:
     """Of the device, now and at most since the meter last looked, for a message; empty without one."""
     if not torch.cuda.is_available():
         return ""
@@ -484,10 +492,10 @@ def taken() -> str:
 class MemoryMeter:
     """Peak bytes of each phase of the first step, of this rank: what torch has allocated, and what the device has given to anybody but torch's
     allocator (CUDA context, NCCL, the rollout's mapped buffers). What torch keeps for reuse without using it is not counted: it gives that back
-    before it fails. On CPU nothing is measured."""
+    before it fails. others: bytes that are not ours (`of_others`). On CPU nothing is measured."""
 
-    def __init__(self, on_gpu: bool) -> None:
-        self.measuring = on_gpu
+    def __init__(self, on_gpu: bool, others: float = 0.0) -> None:
+        self.measuring, self.others = on_gpu, others
         self.peaks: dict[str, float] = {}
         self._allocated = 0.0  # most so far; torch's own mark is set back for each phase
 
@@ -501,7 +509,7 @@ class MemoryMeter:
         free, total = torch.cuda.mem_get_info()
         allocated = float(torch.cuda.max_memory_allocated())
         self._allocated = max(self._allocated, allocated)
-        self.peaks[phase] = max(self.peaks.get(phase, 0.0), allocated + total - free - torch.cuda.memory_reserved())
+        self.peaks[phase] = max(self.peaks.get(phase, 0.0), allocated + total - free - torch.cuda.memory_reserved() - self.others)
 
     def most_allocated_mb(self) -> float | None:
         """Of the whole run; None without a GPU."""

@@ -146,6 +146,12 @@ def test_response_logprobs_through_the_head(family: str, packing: bool, entropy_
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_forward_without_tokens_has_gradients_of_zero() -> None:
+    x, w = torch.zeros(0, H, requires_grad=True), random(V, H, seed=1).requires_grad_()
+    score_tokens(x, w, torch.zeros(0, dtype=torch.int64))[0].sum().backward()
+    assert w.grad is not None and not w.grad.any() and x.grad is not None
+
+
 def test_kernels_are_given_what_lies_dense() -> None:
     with pytest.raises(RuntimeError, match="a kernel of the head was given tensors with strides"):
         head._check_dense(random(4), random(4, 2)[:, 0])

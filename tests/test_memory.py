@@ -276,13 +276,25 @@ def test_phases_around_the_update(recipe: Any) -> None:
     assert "old_log_prob" in planned(recipe(algorithm={**single, "critic_warmup_steps": 2}, train={"steps": 5})).phases
 
 
+def test_what_others_hold_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.of_others(1) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (17 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * GIB)
+    assert memory.of_others(1) == 5 * GIB - memory.CONTEXT and memory.of_others(2) == 5 * GIB - memory.CONTEXT - memory.NCCL
+    meter = MemoryMeter(True, 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: GIB)
+    meter.end("gen")
+    assert meter.peaks == {"gen": GIB + 7 * GIB - 2 * GIB - 3 * GIB}
+
+
 def test_what_was_held_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory.taken() == ""
+    assert memory.held_now() == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB // 2, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 20 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 22 * GIB)
-    assert memory.taken() == "it held 23.5 of 24.0 GiB, 20.0 of them in tensors (22.0 at most)"
+    assert memory.held_now() == "it held 23.5 of 24.0 GiB, 20.0 of them in tensors (22.0 at most)"
 
 
 def test_budget_of_tokens_and_rows(recipe: Any) -> None:
@@ -702,7 +714,7 @@ def test_the_probe_holds_what_an_update_will(lora: Any, recipe: Any, monkeypatch
     """Beside activations: what is there, the stand-in's weights and gradients, and a reserve are together what the plan says."""
     config = recipe(2, actor={"lora": lora})
     plan, made, reserved = plan_memory(config, roles(config), 1), [], []
-    there, total, whole, empty = 1 << 20, 1 << 40, probe.stand_in, torch.empty
+    there, others, total, whole, empty = 1 << 20, 1 << 22, 1 << 40, probe.stand_in, torch.empty
     planned = sum(v for item, v in plan.phases["update_actor"].items() if item not in ("actor: activations", "actor: backward", "actor: step"))
 
     def stand_in(*arguments: Any) -> Any:
@@ -720,10 +732,11 @@ def test_the_probe_holds_what_an_update_will(lora: Any, recipe: Any, monkeypatch
 
     monkeypatch.setattr(probe, "stand_in", stand_in)
     monkeypatch.setattr(torch, "empty", reserve)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total - taken(), total))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total - taken() - others, total))
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, taken)
-    run: Any = SimpleNamespace(config=config, world=SimpleNamespace(device=torch.device("cpu")), longest=12, plan=plan, on_gpu=True)
+    world, meter = SimpleNamespace(device=torch.device("cpu")), MemoryMeter(True, others)
+    run: Any = SimpleNamespace(config=config, world=world, longest=12, plan=plan, on_gpu=True, meter=meter)
     probe._try(run, "actor", lambda module, lengths, config: next(p for p in module.parameters() if p.requires_grad).sum())
     gradients = sum(p.numel() * p.element_size() for p in made[0].parameters() if p.requires_grad)
     assert reserved[0] > 0 and taken() + gradients + reserved[0] == pytest.approx(planned, abs=1)

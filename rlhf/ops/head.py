@@ -69,7 +69,7 @@ class _ScoreTokens(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         n, chunk = len(hidden), ctx.chunk
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight: Tensor | None = None
+        d_weight = None if n else torch.zeros_like(weight)  # whoever accumulates waits for one
         logits, ctx.last = ctx.last, None
         for part in _chunks(n, chunk)[::-1]:
             if logits is None:

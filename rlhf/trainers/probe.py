@@ -81,7 +81,7 @@ def _still_to_come(run: Run, name: str) -> float:
         return 0.0
     free, total = torch.cuda.mem_get_info()
     passing = [f"{name}: {item}" for item in ("activations", "backward", "step")]
-    used = total - free - (torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    used = total - free - (torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) - run.meter.others
     return sum(value for item, value in items.items() if item not in passing) - used
 
 

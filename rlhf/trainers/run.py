@@ -33,7 +33,7 @@ from rlhf.distributed import EXIT_AGAIN, EXIT_BAD, World, device_names
 from rlhf.engine import TrainEngine, loading_context
 from rlhf.files import Written
 from rlhf.guards import Action, Guard
-from rlhf.memory import GIB, MemoryMeter, Plan, device_capacity, host_capacity, is_out_of_memory, longest_row, plan_memory, taken
+from rlhf.memory import GIB, MemoryMeter, Plan, device_capacity, held_now, host_capacity, is_out_of_memory, longest_row, of_others, plan_memory
 from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
@@ -442,7 +442,7 @@ class Run:
         """Write a smaller budget and end this rank and all others, to be started again. ValueError, when the others have ended, if none can be
         smaller."""
         phase, folder, reason = self.timer.latest, self.config.run_dir, str(error).partition("\n")[0]
-        held = "; ".join(filter(None, [taken(), f"planned for it: {self.plan.largest(phase)}"]))
+        held = "; ".join(filter(None, [held_now(), f"planned for it: {self.plan.largest(phase)}"]))
         try:
             key, value = smaller(self.config, phase, self.longest, self.plan.cache is not None)
         except ValueError as problem:
@@ -517,7 +517,7 @@ def start_run(
         run.pace.end(name)
         meter.end(name)
 
-    meter = MemoryMeter(world.device.type == "cuda")
+    meter = MemoryMeter(world.device.type == "cuda", of_others(world.size))
     timer = PhaseTimer(torch.cuda.synchronize if world.device.type == "cuda" else None, on_phase, on_end)
     longest = longest_row(config)
     run = Run(config, world, tokenizer, checkpoints, resume_from, log, console, timer, best, meter, longest, recipe=recipe, data=data)
