@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf import files
 from rlhf.config import Config, ModelConfig, Recomputed, TrainedModelConfig
-from rlhf.memory import AROUND, GIB, MARGIN, Held, held_by, largest_forward, longest_row, plan_of, releases
+from rlhf.memory import AROUND, GIB, MARGIN, Held, held_by, largest_forward, longest_row, most_scored, plan_of, releases
 
 ROUND = 256  # tokens: a budget is a multiple of it
 BUDGET = "budget.json"  # in the run folder: {key: value} of what was made smaller than the recipe has it, and under CHOSEN of what it leaves `auto`
@@ -217,7 +217,7 @@ def choose(
         size = largest_forward(chosen, longest)
         wanted = {}
         for name, h in held.items():
-            forward = replace(h.forward, tokens=size, scored=size, checkpointing=level.get(name, h.forward.checkpointing))
+            forward = replace(h.forward, tokens=size, scored=most_scored(chosen, size), checkpointing=level.get(name, h.forward.checkpointing))
             wanted[name] = replace(h.offloaded() if name in choice.sent else h, forward=forward)
         plan = plan_of(chosen, wanted, ranks, longest, True, capacity, give_way)
         return max((plan.total(phase), phase) for phase in plan.phases if phase not in AROUND)

@@ -43,7 +43,7 @@ from rlhf.rollout.decoder import is_lean
 from rlhf.rollout.engine import least_pages, wanted_pages, working_bytes
 
 GIB = 2**30
-CONTEXT = 0.8 * GIB  # CUDA context, kernels, cuBLAS workspaces
+CONTEXT = 1.05 * GIB  # CUDA context, kernels, cuBLAS workspaces: 0.8 were seen on an H100, 1.3 on an H200
 NCCL = 1.0 * GIB  # its buffers, once there are several ranks
 MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
 AROUND = ("gen", "testing", "hand_over", "save_checkpoint")  # phases whose memory does not depend on the budget of a forward
@@ -250,7 +250,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
             shape,
             size,
             tokens,
-            scored=tokens,
+            scored=most_scored(config, tokens),
             vocabulary=1 if scalar else text.vocab_size,
             layer=sum(saved.values()),
             mlp=saved["mlp"],
@@ -275,6 +275,13 @@ def largest_forward(config: Config, longest: int) -> int:
     """Tokens of the largest forward of the update on a rank, padding included. longest: tokens of the longest row (one side of a pair)."""
     train, sides = config.train, 2 if config.task == "reward_model" else 1
     return max(train.forward_tokens, sides * longest) if train.forward_tokens else train.micro_batch * sides * longest
+
+
+def most_scored(config: Config, tokens: int) -> int:
+    """Of the tokens of a forward those that the head may see: of so many packed rows their responses, else all."""
+    if config.task != "rl" or config.train.forward_tokens or not config.train.packing:
+        return tokens
+    return min(tokens, config.train.micro_batch * config.rollout.max_new_tokens)
 
 
 def longest_row(config: Config) -> int:
@@ -405,7 +412,8 @@ def _plan_of(
         return plan
 
     rollout, architecture = config.rollout, read_architecture(config.actor, "actor")
-    sizes = EngineSettings(max_batch=rollout.decoded, cache_tokens=rollout.cache_tokens, prefill_tokens=rollout.prefill_tokens)
+    prompts = max(1, longest - rollout.max_new_tokens) * -(-rollout.prompts // ranks)  # tokens of a rank's
+    sizes = EngineSettings(max_batch=rollout.decoded, cache_tokens=rollout.cache_tokens, prefill_tokens=min(rollout.prefill_tokens, prompts))
     actor, lean = held["actor"], is_lean(architecture)
     size, shape = actor.forward.size, actor.forward.shape
     dtype = torch.bfloat16 if size == 2 else torch.float32

@@ -301,7 +301,10 @@ def test_budget_of_tokens_and_rows(recipe: Any) -> None:
     tokens, rows = recipe(train={"micro_batch_tokens": 4096}), recipe(train={"micro_batch": 4})
     assert (largest_forward(tokens, 768), largest_forward(rows, 768)) == (4096, 3072)
     activations = [planned(c).phases["update_actor"]["actor: activations"] for c in (tokens, rows)]
-    assert activations[0] == pytest.approx(activations[1] * 4096 / 3072)
+    unseen = 3072 - 4 * 256  # of four rows the head sees 256 response tokens each; 32 numbers of each and 16 bytes are kept of what it sees
+    assert activations[0] * 3072 / 4096 == pytest.approx(activations[1] + (2 * 32 + 16) * unseen)
+    padded = recipe(train={"micro_batch": 4, "packing": False})
+    assert [memory.most_scored(c, 3072) for c in (tokens, rows, padded)] == [3072, 1024, 3072]
     assert sum(worst_rows(tokens, 768)) == 4096 and worst_rows(rows, 768) == [768] * 4
     assert largest_forward(tokens, 5000) == 5000  # a longer row has a forward of its own
 
