@@ -605,8 +605,8 @@ def test_trap_23_forty_nine_rows_on_three_ranks(models: Path) -> None:
     """trap 23: a filler where the count does not work out; every denominator still counts rows once."""
     rollout = make_rollout([3] * 49, [2 + i % 5 for i in range(49)], window=6)
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    plans = [plan_micro_batches(range(49), lengths, 5, 3, rank) for rank in range(3)]
-    assert [len(p) for p in plans] == [4, 4, 4]
+    plans = [plan_micro_batches(range(49), lengths, 4, 3, rank) for rank in range(3)]
+    assert [len(p) for p in plans] == [5, 5, 5]
     assert sum(part.weightless for plan in plans for part in plan) == 2
     config = rl_config(models, rollout={"prompts": 49, "max_new_tokens": 6})
     experience = SimpleNamespace(mask=rollout.response_mask)

@@ -148,14 +148,13 @@ def one_base_computes_the_same(models: Path, reward: Path, place: tuple[int, int
             assert (shared[f"1 {name}"] - shared[f"2 {name}"]).abs().max() > 1e-2
 
 
-# Every pair of values meets.
+# Every pair of values meets, but for compiled layers, which take long.
 PAIRWISE = [
     (place, CHECKPOINTING[j], tuple(FORWARDS)[(i + j) % 3], HEADS[(i + 2 * j) % 3], None) for i, place in enumerate(STAGES) for j in range(3)
 ]  # fmt: skip
-COMPILED = [((0, 1), False, "packed", "chunks", "eager")]
 
 
-@pytest.mark.parametrize(("place", "checkpointing", "forwards", "head", "backend"), PAIRWISE + COMPILED)
+@pytest.mark.parametrize(("place", "checkpointing", "forwards", "head", "backend"), PAIRWISE)
 def test_one_base_computes_what_a_base_each_computes(
     models: Path, reward: Path, place: tuple[int, int], checkpointing: Recomputed, forwards: str, head: str, backend: str | None
 ) -> None:
