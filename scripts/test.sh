@@ -22,3 +22,11 @@ mypy
 parallel=(-n 2 --dist loadfile -m "$marks")
 pytest "${parallel[@]}" tests/test_*.py
 pytest "${parallel[@]}" tests/distributed tests/e2e tests/chaos
+
+# What a GPU computes in kernels, by Triton's interpreter. The package is large and nothing else needs it, so that it lies apart.
+triton="$PWD/.venv/triton"
+if [ -d "$triton" ] || pip install --quiet --no-deps --target "$triton" triton==3.6.0; then
+    PYTHONPATH="$triton" pytest "${parallel[@]}" tests/distributed/test_kernels.py tests/test_head.py tests/test_fused.py -k "kernels or whole_models"
+else
+    echo "no Triton for this platform: kernels are not tested"
+fi

@@ -18,6 +18,7 @@ from rlhf.distributed import init_world
 from rlhf.ops import fused, head
 from tests.distributed.steps import experience_of, open_models, update
 from tests.distributed.test_invariance import ALGORITHMS, FORWARDS, TEMPERATURE, data
+from tests.e2e.programs import free_port
 from tests.helpers import rl_config
 from tests.interpreter import interpreted
 
@@ -56,14 +57,16 @@ def main(models: Path, out: Path, algorithm: str, dtype: str, forwards: str, che
 
 def difference(models: Path, folder: Path, algorithm: str, dtype: str, forwards: str, checkpointing: str, lora: int, *how: str) -> dict[str, float]:
     """Of such an update from the same in float32 on the CPU without kernels, by role: |difference| / |update|."""
-    found = []
+    started, found = [], []
     for i, (precision, extra, devices) in enumerate((("float32", (), ""), (dtype, how, "" if how else "0"))):
-        out = folder / str(i)
-        command = [sys.executable, "-m", "tests.one_update", models, out, algorithm, precision, forwards, checkpointing, lora, *extra]
+        command = [sys.executable, "-m", "tests.one_update", models, folder / str(i), algorithm, precision, forwards, checkpointing, lora, *extra]
         env = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if how else "0"}
-        done = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(out))
+        env |= {"MASTER_PORT": str(free_port())}
+        started.append(subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    for i, process in enumerate(started):
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, said[-3000:]
+        found.append(torch.load(folder / str(i)))
     return {role: float((found[1][role] - expected).norm() / expected.norm()) for role, expected in found[0].items()}
 
 

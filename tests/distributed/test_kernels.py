@@ -1,4 +1,4 @@
-"""All of an update with the kernels of a GPU in it, by Triton's interpreter, where Triton is installed (`pip install triton`; CI has it not)."""
+"""All of an update with the kernels of a GPU in it, by Triton's interpreter, where Triton can be imported (`scripts/test.sh` sees to that)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from tests.one_update import difference
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("algorithm", "dtype", "forwards", "checkpointing", "lora", "limit"),
