@@ -92,7 +92,7 @@ def read_budget(config: Config, origin: Path | None = None) -> Config:
     taken = _kept(origin) if origin else {}
     for key, value in (chosen_before(origin) if origin else {}).items():
         if value_of(config, key) == "auto":
-            config = with_value(config, key, min(value, taken.get(key, value)) if key == TOKENS else value)
+            config = with_value(config, key, min(value, taken.get(key, value)) if key in (TOKENS, DECODED) else value)
     for key, value in _kept(config.run_dir).items():
         now = value_of(config, key) if key != CHOSEN else None
         if isinstance(now, int) and (value < now or (key == RELEASE and value is True)):  # a recipe that budgets otherwise now is left alone

@@ -567,7 +567,7 @@ class TrainEngine:
             zero.setdefault("stage3_param_persistence_threshold", kept_whole(module, world.size, zero))
             if zero.get("reduce_scatter", True):
                 zero.setdefault("contiguous_gradients", False)  # gradients that are reduced together are put together for that anyway
-        zero.setdefault("reduce_bucket_size", bucket_size(sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)))
+        zero["reduce_bucket_size"] = bucket_size(zero, [getattr(p, "ds_numel", p.numel()) for _, p in trainable])
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
         )

@@ -213,7 +213,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
 
     cpu_adam = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     given = settings.get("optimizer", {"type": "adamw"})
-    bucket = min(int(zero.get("reduce_bucket_size", bucket_size(sum(learns)))), sum(learns))
+    bucket = min(bucket_size(zero, learns), sum(learns))
     copies = {0: 0, 1: size == 4, 2: 1 + bool(zero.get("overlap_comm")), 3: 1}[stage]  # of the bucket
     text = architecture.get_text_config()
     fusable = text.model_type in FAMILIES and getattr(text, "hidden_act", "") == "silu"

@@ -54,7 +54,7 @@ program. A number that contradicts the recipe is refused, not overwritten.
 | `bf16.enabled` | on if the role's `dtype` is bfloat16 |
 | `data_types.grad_accum_dtype` | `"fp32"`; nothing else is accepted |
 | `zero_optimization.overlap_comm` | on at stages 2 and 3 on a GPU |
-| `zero_optimization.reduce_bucket_size` | an eighth of the gradients, at most 500 million |
+| `zero_optimization.reduce_bucket_size` | an eighth of the gradients, at most 500 million; under ZeRO-2 no less than the largest parameter |
 | `zero_optimization.contiguous_gradients` | at stage 3 off, unless `reduce_scatter` is false: reducing makes a contiguous copy anyway |
 | `zero_optimization.stage3_param_persistence_threshold` | 100,000 or the largest adapter; on one rank everything, unless `offload_param` is on |
 | any other | the key is dropped: DeepSpeed's own default |

@@ -21,6 +21,7 @@ from rlhf.config import (
     ModelConfig,
     RewardModelConfig,
     TrainedModelConfig,
+    bucket_size,
     flat_keys,
     hybrid_engine_words,
     load_config,
@@ -244,6 +245,13 @@ def test_shipped_deepspeed_configs_resolve_completely(name: str, dtype: str) -> 
     assert resolved["bf16"]["enabled"] == (dtype == "bfloat16")
     assert resolved["zero_optimization"]["stage"] == int(name[-1])
     assert resolved["timers"] == {"throughput": {"enabled": False}}
+
+
+def test_a_bucket_of_zero_2_holds_the_largest_parameter() -> None:
+    sizes = [10, 10, 60, 20]
+    assert [bucket_size({"stage": stage}, sizes) for stage in (1, 2, 3)] == [12, 60, 12]
+    assert [bucket_size({"stage": stage, "reduce_bucket_size": 30}, sizes) for stage in (1, 2, 3)] == [30, 60, 30]
+    assert bucket_size({"stage": 2, "reduce_bucket_size": 90}, sizes) == 90 and bucket_size({"stage": 3}, [10**10]) == 500_000_000
 
 
 @pytest.mark.parametrize("given", [{}, {"timers": "auto"}, {"timers": {}}, {"timers": {"throughput": "auto"}}])

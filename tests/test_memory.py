@@ -783,6 +783,10 @@ def test_what_was_chosen_is_kept_for_a_run_that_goes_on(auto: Any) -> None:
         assert start.train.forward_tokens == 16_384  # memory has run out with more
     elsewhere = config.model_copy(update={"run_dir": config.run_dir / "other"})
     assert read_budget(elsewhere, config.run_dir).train.forward_tokens == 16_384
+    write_budget(config.run_dir, 0, "chosen", {"rollout.max_batch": 1024})
+    write_budget(config.run_dir, 0, "rollout.max_batch", 256)
+    left_open = auto(rollout={"max_batch": "auto"}).model_copy(update={"run_dir": config.run_dir / "other"})
+    assert read_budget(left_open, config.run_dir).rollout.decoded == 256
 
 
 def test_offload_is_kept_for_a_run_that_goes_on(judged: Any, auto: Any) -> None:

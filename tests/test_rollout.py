@@ -785,6 +785,8 @@ def test_the_recipe_reaches_the_engine(models: Path) -> None:
     )  # fmt: skip
     assert not engine_settings(parse_config(recipe), 77).deterministic
     assert check_lengths(config, [Prompt([4] * 4, "", "test")], []) == 12
+    left_open = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_batch": "auto"})})
+    assert check_lengths(left_open, [Prompt([4] * 4, "", "test")], []) == 12  # before the plan has said
     with pytest.raises(ValueError, match=r"training prompt has 5 tokens.*hybrid_engine.max_out_tokens=12"):
         check_lengths(config, [Prompt([4] * 5, "", "test")], [])
 

@@ -356,7 +356,7 @@ def check_lengths(config: Config, prompts: list[Prompt], held_out: list[Prompt])
                 f"hybrid_engine.max_out_tokens={allowed} of the DeepSpeed JSON: raise it, or lower data.max_prompt_tokens or max_new_tokens"
             )
         most = max(most, longest + new if rows else 0)
-    check_cache(engine_settings(config, most), most)
+    check_cache(EngineSettings(cache_tokens=config.rollout.cache_tokens), most)  # the plan is still to say how many are decoded together
     return most
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Finished, Ground
-from tests.e2e.programs import checkpoints, succeed
+from tests.e2e.programs import checkpoints, steps, succeed
 from tests.e2e.test_resume import assert_same_end, stopped_after
 
 pytestmark = pytest.mark.timeout(300)
@@ -28,7 +28,7 @@ def recipe_of(ground: Ground, task: str) -> dict[str, Any]:
     return tree | {
         "critic": ROLE,
         "reward": {"components": [{"function": "e2e_rewards:letter_a"}]},
-        "rollout": {"prompts": 8, "group_size": 2, "max_new_tokens": 6},
+        "rollout": {"prompts": 8, "group_size": 2, "max_new_tokens": 6, "max_batch": "auto"},
         "train": {"steps": 3, "micro_batch_tokens": "auto"},
     }
 
@@ -46,16 +46,23 @@ def test_tasks_of_one_model(task: str, ground: Ground) -> None:
     assert chosen(ground.run_dir(f"auto-{task}")) == {"train.micro_batch_tokens": 16_384, **narrow}
 
 
+def test_a_rollout_with_everything_left_open(ground: Ground) -> None:
+    recipe, run_dir = ground.recipe("auto-open", recipe_of(ground, "rl")), ground.run_dir("auto-open")
+    out = succeed(recipe, "train.steps=1", launcher="python", env=ground.env).out
+    assert "auto: train.micro_batch_tokens=16384 rollout.max_batch=128 actor.gradient_checkpointing=false" in out and steps(run_dir) == [1]
+    assert chosen(run_dir)["rollout.max_batch"] == 128
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_what_was_chosen(ground: Ground) -> None:
     recipe, run_dir = ground.recipe("auto-rl", recipe_of(ground, "rl")), ground.run_dir("auto-rl")
     dry = succeed(recipe, "--dry_run", launcher="python", env=ground.env).out
-    line = "auto: train.micro_batch_tokens=16384 actor.gradient_checkpointing=false critic.gradient_checkpointing=false "
+    line = "auto: train.micro_batch_tokens=16384 rollout.max_batch=128 actor.gradient_checkpointing=false critic.gradient_checkpointing=false "
     line += "actor.offload=false critic.offload=false: no GPU to measure by"
     assert line in dry and "micro_batch_tokens: 16384" in dry and not run_dir.exists()
 
     # What another machine chose: a start that goes on keeps to it, whatever it would choose itself.
-    narrow = {"train.micro_batch_tokens": 64, "actor.gradient_checkpointing": "mlp", "critic.gradient_checkpointing": True}
+    narrow = {"train.micro_batch_tokens": 64, "rollout.max_batch": 5, "actor.gradient_checkpointing": "mlp", "critic.gradient_checkpointing": True}
     narrow |= {"actor.offload": True, "critic.offload": False}
     given = [f"{key}={str(value).lower()}" for key, value in narrow.items()]
     straight = Finished(run_dir, recipe, succeed(recipe, *given, launcher="python", env=ground.env))
