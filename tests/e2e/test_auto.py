@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_what_was_chosen(ground: Ground) -> None:
     (resumed / "budget.json").write_text(json.dumps({"chosen": narrow}))
     out = succeed(recipe, f"run_dir={resumed}", launcher="python", env=ground.env).out
     assert f"auto: {' '.join(given)}: from budget.json" in out
-    assert_same_end(run_dir, resumed, after=1)
+    assert_same_end(run_dir, resumed, after=1, recipe=False)
 
     # From that checkpoint into another folder, which remembers it too.
     other = ground.run_dir("auto-rl-other")
