@@ -148,7 +148,7 @@ def one_base_computes_the_same(models: Path, reward: Path, place: tuple[int, int
             assert (shared[f"1 {name}"] - shared[f"2 {name}"]).abs().max() > 1e-2
 
 
-# Every pair of values meets, but for compiled layers, which take long.
+# Every pair of values meets; compiled layers take long, and are for --full.
 PAIRWISE = [
     (place, CHECKPOINTING[j], tuple(FORWARDS)[(i + j) % 3], HEADS[(i + 2 * j) % 3], None) for i, place in enumerate(STAGES) for j in range(3)
 ]  # fmt: skip

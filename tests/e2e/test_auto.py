@@ -46,6 +46,7 @@ def test_tasks_of_one_model(task: str, ground: Ground) -> None:
     assert chosen(ground.run_dir(f"auto-{task}")) == {"train.micro_batch_tokens": 16_384, **narrow}
 
 
+@pytest.mark.slow
 def test_a_rollout_with_everything_left_open(ground: Ground) -> None:
     recipe, run_dir = ground.recipe("auto-open", recipe_of(ground, "rl")), ground.run_dir("auto-open")
     out = succeed(recipe, "train.steps=1", launcher="python", env=ground.env).out
