@@ -892,6 +892,8 @@ def resolve_deepspeed(
     if trained and "optimizer" not in tree and isinstance(offload, dict) and offload.get("device", "none") != "none":
         tree["zero_force_ds_cpu_optimizer"] = False  # or DeepSpeed refuses our AdamW, which runs on the CPU as well
     timers = {} if tree.get("timers", "auto") == "auto" else tree["timers"]
+    if not isinstance(timers, dict):
+        raise ValueError(f'{origin}: `timers` must be an object such as {{"throughput": {{"enabled": false}}}}')
     if timers.get("throughput", "auto") == "auto":  # it waits for the device before every forward, which leaves that idle
         tree["timers"] = {**timers, "throughput": {"enabled": False}}
     if not trained:

@@ -259,6 +259,8 @@ def test_no_forward_waits_for_a_timer_unless_that_is_asked_for(given: dict[str, 
     from deepspeed.utils.config import get_timers_config
 
     assert not get_timers_config(resolve(given)).enabled
+    with pytest.raises(ValueError, match="recipe: `timers` must be an object"):
+        resolve({"timers": True})
     asked = {"timers": {"throughput": {"enabled": True, "synchronized": False}}}
     assert resolve(asked)["timers"] == asked["timers"] and get_timers_config(resolve(asked)).enabled
 
