@@ -215,7 +215,7 @@ def full_tensors(layout: Sequence[WeightSource], group_bytes: int = 256 << 20) -
         group.append(source)
         size += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in source.parameters)
         if size >= group_bytes or i == len(layout) - 1:
-            with GatheredParameters([p for s in group for p in s.parameters]), torch.no_grad():
+            with GatheredParameters([p for s in group for p in s.parameters if _shard(p) is not None]), torch.no_grad():
                 for member in group:
                     yield member.name, member.merged()
             group, size = [], 0
@@ -288,6 +288,7 @@ def check_fit(layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Non
 CHECKED = 4  # tensors compared after each hand-over, and rows of each after merging
 CHECKED_ELEMENTS = 8 << 20  # at most, of one tensor: others each time
 ONE_BY_ONE = 1 << 20  # elements from which a copy of its own is faster than one kernel for many
+LENT = -1  # beside the ids of modules that are at work with a parameter: DeepSpeed gives none back that has any, until a step gives back all
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
@@ -554,6 +555,8 @@ class TrainEngine:
         self._hand_overs = 0
         self._fitting: dict[str, Tensor] | None = None
         self._copies = Copies()
+        self._lender: tuple[Sequence[WeightSource], HybridEngine] | None = None
+        self._lent = False
         self._clip = float(settings["gradient_clipping"])
         settings = dict(settings)
         if self.stage == 0:
@@ -624,6 +627,7 @@ class TrainEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward with gradients. (collective under ZeRO-3)"""
         self.world.beat()
+        self._borrow_again()
         self._mode(train=True)
         return self._engine(*args, **kwargs)
 
@@ -631,6 +635,7 @@ class TrainEngine:
     def score(self, *args: Any, **kwargs: Any) -> Any:
         """Forward without gradients, dropout off. (collective under ZeRO-3)"""
         self.world.beat()
+        self._borrow_again()
         self._mode(train=False)
         return self._engine(*args, **kwargs)
 
@@ -666,6 +671,7 @@ class TrainEngine:
             group["lr"] = rate
         if self._offloaded:
             self._offloaded.begin()
+        self._lent = False  # DeepSpeed gives all weights back first
         try:
             self._engine.step()
         except BaseException:
@@ -700,11 +706,35 @@ class TrainEngine:
             return None
         return {source.name: source.weight.detach() for source in layout}
 
-    def hand_over(self, layout: Sequence[WeightSource], rollout: HybridEngine) -> None:
-        """The rollout computes on the present weights: on these tensors themselves where it can, else on a copy with adapters merged. (collective)"""
+    def hand_over(self, layout: Sequence[WeightSource], rollout: HybridEngine, lend: bool = False) -> None:
+        """The rollout computes on the present weights: on these tensors themselves where it can, else on a copy with adapters merged.
+
+        lend: this model computes on that copy in turn, so that ZeRO-3 gathers weights once per optimizer step instead of twice per forward and
+        backward; not with adapters, which are merged there. The copy then stays on the device for good. (collective)"""
+        if self._lent and self._lender and self._lender[1] is rollout:
+            return  # no step since
         whole = self.whole_weights(layout)
         if whole is None or not rollout.borrow(whole):
             rollout.take_over(lambda weights: self.gather_into(layout, weights))
+            if lend:
+                self._lender = layout, rollout
+                self._borrow(rollout.lend())
+
+    def _borrow(self, weights: dict[str, Tensor]) -> None:
+        assert self._lender is not None
+        for source in self._lender[0]:
+            assert source.lora_a is None, source.name
+            parameter: Any = source.weight
+            if _shard(parameter) is not None:
+                parameter.data = weights[source.name]
+                parameter.ds_status = ZeroParamStatus.AVAILABLE
+                parameter.ds_active_sub_modules.add(LENT)
+        self._lent = True
+
+    def _borrow_again(self) -> None:
+        """After a step the copy has old weights. (collective)"""
+        if self._lender and not self._lent:
+            self.hand_over(*self._lender, lend=True)
 
     @torch.no_grad()
     def gather_into(self, layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Tensor:
@@ -748,7 +778,8 @@ class TrainEngine:
         self._may_change()
         zero = self._engine.optimizer
         if self.stage == 3:
-            zero.checkpoint_event_prologue()
+            zero.checkpoint_event_prologue()  # gives all weights back
+            self._lent = False
         with self._states_at_hand(), torch.no_grad():
             facts = state.read(folder, self._parts(), list(self._trainable), self._torch_optimizer)
             if self.stage == 3:

@@ -385,6 +385,14 @@ def borrows_weights(config: Config, ranks: int, on_gpu: bool) -> bool:
     return config.actor.lora is None and (stage in (1, 2) or (stage == 0 and not is_lean(read_architecture(config.actor, "actor"))))
 
 
+def lends_weights(config: Config, ranks: int, on_gpu: bool) -> bool:
+    """Whether the actor computes on the rollout's whole copy of its weights (`TrainEngine.hand_over`): where ZeRO-3 would gather the same, and the
+    copy stays on the device anyway."""
+    zero = role_settings(config, config.actor, world_size=ranks, on_gpu=on_gpu)["zero_optimization"]
+    on_device = (zero.get("offload_param") or {}).get("device", "none") == "none"
+    return int(zero.get("stage", 0)) == 3 and on_device and ranks > 1 and config.actor.lora is None and not releases(config)
+
+
 def _plan_of(
     config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None, most_cache: float | None
 ) -> Plan:
@@ -415,6 +423,8 @@ def _plan_of(
     prompts = max(1, longest - rollout.max_new_tokens) * -(-rollout.prompts // ranks)  # tokens of a rank's
     sizes = EngineSettings(max_batch=rollout.decoded, cache_tokens=rollout.cache_tokens, prefill_tokens=min(rollout.prefill_tokens, prompts))
     actor, lean = held["actor"], is_lean(architecture)
+    if lends_weights(config, ranks, on_gpu):
+        held = {**held, "actor": replace(actor, gathered=0.0)}
     size, shape = actor.forward.size, actor.forward.shape
     dtype = torch.bfloat16 if size == 2 else torch.float32
     own = {} if borrows_weights(config, ranks, on_gpu) else {"rollout: weights": actor.plain}

@@ -24,7 +24,7 @@ from rlhf.config import (
 )
 from rlhf.data import load_preferences, load_prompts, load_sequences, read_rows
 from rlhf.distributed import launch_environment
-from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capacity, plan_memory
+from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capacity, lends_weights, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
@@ -169,8 +169,10 @@ def decoding(config: Config, world_size: int, on_gpu: bool) -> str:
     if borrows_weights(config, world_size, on_gpu):
         return f"{way}; on the actor's own weights"
     size = parameters(architecture) * (2 if role_dtype(config.actor, on_gpu) == "bfloat16" else 4) / 2**30
-    merged = ", adapters merged" if config.actor.lora else ""
-    return f"{way}; a whole copy of the actor on every rank ({size:.2f} GiB), filled once per rollout phase{merged}"
+    use = ", adapters merged" if config.actor.lora else ""
+    if lends_weights(config, world_size, on_gpu):
+        use = "; the actor scores and learns on it too, so that ZeRO-3 gathers once per optimizer step"
+    return f"{way}; a whole copy of the actor on every rank ({size:.2f} GiB), filled once per rollout phase{use}"
 
 
 def arithmetic(config: Config, world_size: int) -> list[str]:

@@ -35,7 +35,7 @@ from rlhf.config import ROOT, Config, ModelConfig, RewardComponentConfig, Traine
 from rlhf.distributed import World, init_world
 from rlhf.engine import FrozenEngine, TrainEngine, loading_context
 from rlhf.experience import gather_rollout, scored_together
-from rlhf.memory import MemoryMeter
+from rlhf.memory import MemoryMeter, lends_weights
 from rlhf.metrics import PhaseTimer, model_shape, rollout_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace, world: World) -> None:
     on_gpu = world.device.type == "cuda"
     shape, config = SHAPES[args.shape], recipe(args)
     models = build(args, config, world)
-    layout = weight_layout(models.actor.module)
+    layout, lend = weight_layout(models.actor.module), lends_weights(config, world.size, on_gpu)
     prompts_, samples, before, lengths = step_lengths(args.workload, args.times)
     random = np.random.default_rng(1)
     prompts = [Prompt(random.integers(10, shape.vocabulary - 1, before).tolist(), "", "bench") for _ in range(prompts_)]
@@ -250,13 +250,13 @@ def run(args: argparse.Namespace, world: World) -> None:
         note_memory()
         with timer.phase("hand_over"):
             if not args.only:
-                models.actor.hand_over(layout, models.hybrid_engine)
+                models.actor.hand_over(layout, models.hybrid_engine, lend)
         now = time.perf_counter()
         record = {name.removeprefix("timing_s/"): value for name, value in timer.metrics().items() if name.startswith("timing_s/")}
         records.append(record | {"step": now - started, "after_gen": now - generated})
 
     if not args.only:
-        models.actor.hand_over(layout, models.hybrid_engine)
+        models.actor.hand_over(layout, models.hybrid_engine, lend)
     for number in range(1, args.warmup + args.steps + 1):
         step(number)
         if world.is_main:

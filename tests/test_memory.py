@@ -18,7 +18,7 @@ from rlhf.batching import pack
 from rlhf.budget import choose, open_choices, read_budget, smaller, with_value, with_values, write_budget
 from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config, role_settings
 from rlhf.engine import WholePlacement
-from rlhf.memory import GIB, MemoryMeter, Plan, largest_forward, longest_row, norm_per_token, plan_memory, saved_per_token
+from rlhf.memory import GIB, MemoryMeter, Plan, largest_forward, lends_weights, longest_row, norm_per_token, plan_memory, saved_per_token
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
 from rlhf.models.checkpointing import recompute
@@ -259,13 +259,36 @@ def test_phases_around_the_update(recipe: Any) -> None:
     model = {"path": recipe().actor.path, "dtype": "bfloat16"}
     plan = planned(recipe(validation=validation))
     assert plan.phases["testing"] == plan.phases["gen"] and plan.total("hand_over") < plan.total("gen")
-    assert plan.phases["save_checkpoint"].keys() - plan.phases["hand_over"].keys() == {"actor: gathered"}
+    assert plan.phases["save_checkpoint"] == plan.phases["hand_over"]  # all is there already
     judged = planned(recipe(validation=validation, reward={"components": [{"model": model}]}, rollout={"prefill_tokens": 1, "max_batch": 1}))
     assert judged.total("testing") == judged.total("reward") > judged.total("gen")  # a reward model's forward takes more than a token's
     released = planned(recipe(validation=validation, rollout={"release": True}))
     assert {"rollout: weights"} == {item for item in released.phases["hand_over"] if item.startswith("rollout")}
     assert not any(item.startswith("rollout") for item in released.phases["save_checkpoint"])
-    assert "actor: gathered" not in planned(recipe(checkpoint={"save_hf": False})).phases["save_checkpoint"]
+    assert released.phases["save_checkpoint"].keys() - released.phases["hand_over"].keys() == {"actor: gathered"}
+    unsaved = planned(recipe(checkpoint={"save_hf": False}, rollout={"release": True}))
+    assert "actor: gathered" not in unsaved.phases["save_checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "ranks", "lends"),
+    [
+        (3, {}, 2, True),
+        (3, {}, 1, False),
+        (3, {"rollout": {"release": True}}, 2, False),
+        (3, {"actor": {"lora": {"r": 4}}}, 2, False),
+        (3, {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}}, 2, False),
+        (2, {}, 2, False),
+    ],
+)
+def test_what_the_rollout_lends_is_not_gathered(recipe: Any, stage: int, sections: dict[str, Any], ranks: int, lends: bool) -> None:
+    config = recipe(stage, **sections)
+    assert lends_weights(config, ranks, on_gpu=True) == lends
+    assert ("the actor scores and learns on it too" in decoding(config, ranks, True)) == lends
+    plan = planned(config, ranks)
+    for phase in ("old_log_prob", "update_actor", "save_checkpoint"):
+        assert ("actor: gathered" in plan.phases[phase]) == (stage == 3 and ranks > 1 and not lends)
+    assert ("critic: gathered" in plan.phases["update_critic"]) == (stage == 3 and ranks > 1)
 
     single = {
         "name": "ppo",

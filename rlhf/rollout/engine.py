@@ -96,7 +96,7 @@ class HybridEngine:
         self._storage: DeviceBuffer | None = None  # of weights of its own
         self._pool: DeviceBuffer | None = None
         self._wrong: Tensor | None = None
-        self._warm = False
+        self._warm = self._lent = False
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None  # for copies beside the decoding
         self._decoder: Decoder | None = None
         self._loop: DecodeLoop | None = None
@@ -179,9 +179,14 @@ class HybridEngine:
         if self._model is not None:
             _with_weights(self._model.model if isinstance(self._model, GenericDecoder) else self._model, weights, self.device)
 
+    def lend(self) -> dict[str, Tensor]:
+        """The weights, for a training engine to compute on as well: `release` leaves them where they are from here on."""
+        self._lent = True
+        return self.weights
+
     def release(self) -> None:
-        """Weights (if they are its own) and KV cache give their memory back; graphs keep their addresses. `load_weights` takes it again."""
-        for buffer in (self._storage, self._pool):
+        """KV cache and weights (its own, if not lent) give their memory back; graphs keep their addresses. `take_over` takes it again."""
+        for buffer in (self._pool,) if self._lent else (self._storage, self._pool):
             if buffer is not None:
                 buffer.release()
 

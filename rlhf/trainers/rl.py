@@ -35,7 +35,7 @@ from rlhf.experience import (
 )
 from rlhf.files import write_tensors
 from rlhf.guards import tensors_of, unusable
-from rlhf.memory import releases
+from rlhf.memory import lends_weights, releases
 from rlhf.metrics import PhaseTimer, forward_flops, model_shape, rollout_flops, update_flops
 from rlhf.models.compiling import compile_layers
 from rlhf.models.forward import response_logprobs, response_values
@@ -142,10 +142,10 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         fit_budget(run, probes(models))  # (collective)
         config = run.config
     layout = weight_layout(models.actor.module)
-    release = releases(config)
+    release, lend = releases(config), lends_weights(config, world.size, run.on_gpu)
 
     def hand_over() -> None:  # (collective)
-        models.actor.hand_over(layout, models.hybrid_engine)
+        models.actor.hand_over(layout, models.hybrid_engine, lend)
 
     if start < steps:
         hand_over()  # (collective)

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,7 +34,7 @@ from rlhf.engine import (
     loading_context,
 )
 from rlhf.experience import gather_rollout
-from rlhf.models.checkpointing import decoder_layers
+from rlhf.models.checkpointing import decoder_layers, recompute
 from rlhf.models.export import export_model, on_host
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapters_off, add_adapters, kept_whole, weight_layout
@@ -766,3 +768,81 @@ def test_the_rollout_computes_on_whole_training_weights_in_place(models: Path, s
         assert borrowed == in_place
         assert all(first == second for first, second in found)
         assert found[0][0] != found[1][0]  # the second training step is seen
+
+
+# ---- weights that the rollout lends
+
+
+@contextlib.contextmanager
+def gathering() -> Iterator[list[int]]:
+    """Of how many parameters DeepSpeed has begun to gather, forward by forward and backward by backward."""
+    name, counts = "_PartitionedParameterCoordinator__all_gather_params", [0]
+    original = getattr(PartitionedParameterCoordinator, name)
+
+    def counted(self: Any, params: Any, forward: bool) -> None:
+        counts[0] += sum(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in params)
+        original(self, params, forward)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartitionedParameterCoordinator, name, counted)
+        yield counts
+
+
+def train_on_lent_weights(world: World, models: Path, family: str, folder: Path, checkpointing: bool) -> dict[str, bool]:
+    """A model that computes on its rollout's weights beside one that gathers: every step of both, and whatever reads weights in between."""
+    role: dict[str, Any] = {"learning_rate": 0.5}
+    plain, lent = (causal_engine(world, models / family, 3, **role) for _ in range(2))
+    if checkpointing:
+        for engine in (plain, lent):
+            recompute(engine.module, True, "actor")
+    layout = weight_layout(lent.module)
+    rollout = HybridEngine(AutoConfig.from_pretrained(models / family), [3], 3, EngineSettings(max_batch=5), world.device, torch.float32)
+
+    def in_place() -> bool:
+        return all(s.weight.data_ptr() == rollout.weights[s.name].data_ptr() and s.weight.shape == rollout.weights[s.name].shape for s in layout)
+
+    def alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+    def same() -> bool:
+        return alike(weights(plain), weights(lent))
+
+    held: dict[str, bool] = {}
+    lent.hand_over(layout, rollout, lend=True)
+    held["lent at once"] = in_place()
+    save_state(lent, folder / "state")
+    with gathering() as counts:
+        held["scores alike"] = torch.equal(forward(plain.score), forward(lent.score)) and counts[0] > 0
+        gathered = counts[0]
+        norms = train(lent, world)
+        held["nothing was gathered"] = counts[0] == gathered
+        held["norms alike"] = norms == train(plain, world)
+        held["a step gives it back"] = all(s.weight.ds_status == ZeroParamStatus.NOT_AVAILABLE for s in layout)  # type: ignore[attr-defined]
+        held["weights alike"] = same()
+        gathered = counts[0]
+        norms = train(lent, world, 2)
+        held["nothing is gathered for later steps either"] = counts[0] == gathered
+        held["norms alike in later steps"] = norms == train(plain, world, 2)
+    held["weights alike after more steps"] = same()
+    lent.hand_over(layout, rollout, lend=True)
+    held["handed over twice"] = in_place()
+    lent.hand_over(layout, rollout, lend=True)
+    rollout.release()
+    held["stays when the cache goes"] = in_place() and same() and in_place()
+    copying = HybridEngine(AutoConfig.from_pretrained(models / family), [3], 3, EngineSettings(max_batch=5), world.device, torch.float32)
+    copying.load_weights(plain.full_tensors(weight_layout(plain.module)))
+    prompts = [Prompt([5, 6, 7], "", "test"), Prompt([8], "", "test")]
+    one, other = (engine.generate(prompts, [0, 1], 2, Sampling(8, seed=9)) for engine in (rollout, copying))
+    held["samples alike"] = torch.equal(one.input_ids, other.input_ids)
+    held["and trains on after that"] = train(lent, world) == train(plain, world) and same()
+    for engine in (lent, plain):
+        engine.load(folder / "state")
+    held["loaded weights are seen"] = torch.equal(forward(plain.score), forward(lent.score)) and same()
+    held["and trained"] = train(lent, world) == train(plain, world) and same()
+    return held
+
+
+@pytest.mark.parametrize(("family", "checkpointing"), [("llama", False), ("qwen2", True), ("gpt2", False)])
+def test_training_on_the_weights_that_the_rollout_lends_is_the_same_bits(models: Path, tmp_path: Path, family: str, checkpointing: bool) -> None:
+    for held in run_ranks(train_on_lent_weights, 2, models, family, tmp_path, checkpointing):
+        assert all(held.values()), held
