@@ -1,26 +1,55 @@
-"""What one optimizer step (SGD, rate 1) of each trained model adds to its master weights, on the device that there is.
+"""What three optimizer steps (SGD) add to the master weights of each trained model, on the devices that there are.
 
-python -m tests.one_update MODELS OUT ALGORITHM DTYPE FORWARDS CHECKPOINTING LORA [interpreted]: a folder of `tests.helpers.build_models`, a file for
-{role: [n] float32}; LORA: rank, 0 for none. interpreted: what a GPU would compute in kernels is computed in them, by Triton's interpreter.
+python -m tests.one_update MODELS OUT '{"algorithm": "ppo", ...}': a folder of `tests.helpers.build_models`, and where this rank writes its part of
+the weights before and after, by role (`tests.helpers.save_state`). The settings are the fields of `Update`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rlhf.config import ROOT
 from rlhf.distributed import init_world
+from rlhf.models.lora import weight_layout
 from rlhf.ops import fused, head
 from tests.distributed.steps import experience_of, open_models, update
 from tests.distributed.test_invariance import ALGORITHMS, FORWARDS, TEMPERATURE, data
 from tests.e2e.programs import free_port
-from tests.helpers import rl_config
+from tests.helpers import rl_config, save_state, saved_state
 from tests.interpreter import interpreted
+
+RATE = 0.001  # so small that what the first steps have rounded hardly shows in the gradients of the next, and no ratio comes near to being clipped
+
+
+@dataclass(frozen=True)
+class Update:
+    algorithm: str
+    forwards: str
+    dtype: str = "bfloat16"
+    checkpointing: Any = False
+    lora: int = 0
+    ranks: int = 1
+    lend: bool = False  # the actor computes on the rollout's weights
+    compile: bool = False
+    interpreted: bool = False  # what a GPU would compute in kernels is computed in them, by Triton's interpreter
+
+
+# With how far any tensor may be off: in bfloat16 about twice as far as measured in Triton's interpreter, in float32 as TensorFloat-32 would not be.
+UPDATES: dict[str, tuple[Update, float]] = {
+    "float32": (Update("ppo", "packed", "float32"), 3e-4),
+    "ppo": (Update("ppo", "packed", checkpointing="mlp"), 0.5),
+    "two ranks, lent": (Update("ppo", "packed", checkpointing="mlp", ranks=2, lend=True), 0.5),
+    "LoRA": (Update("dr_grpo", "tokens", lora=4), 0.3),
+    "grpo": (Update("grpo", "padded", checkpointing=True), 0.15),
+}
 
 
 def interpret() -> None:
@@ -29,46 +58,70 @@ def interpret() -> None:
     head._in_kernels = lambda logits: logits.device.type == "cpu"
 
 
-def main(models: Path, out: Path, algorithm: str, dtype: str, forwards: str, checkpointing: str, lora: str, *how: str) -> None:
-    if how:
+def main(models: Path, out: Path, wanted: Update) -> None:
+    if wanted.interpreted:
         interpret()
     world = init_world()
-    role = {"dtype": dtype, "gradient_checkpointing": {"false": False, "true": True}.get(checkpointing, checkpointing)}
+    role = {"dtype": wanted.dtype, "gradient_checkpointing": wanted.checkpointing, "compile": wanted.compile, "learning_rate": RATE}
     config = rl_config(
         models,
         3,
-        actor={**role, "lora": {"r": int(lora), "target_modules": "all-linear"} if int(lora) else None},
+        actor={**role, "lora": {"r": wanted.lora, "target_modules": "all-linear"} if wanted.lora else None},
         critic={**role, "init": "path", "path": models / "scalar", "head": "keep"},
-        reference={"path": models / "reference", "dtype": dtype},
-        algorithm=ALGORITHMS[algorithm],
+        reference={"path": models / "reference", "dtype": wanted.dtype},
+        algorithm={**ALGORITHMS[wanted.algorithm], "minibatches": 3},
         rollout={"prompts": 5, "group_size": 3, "max_new_tokens": 12, "temperature": TEMPERATURE},
-        train={"micro_batch": 4, **FORWARDS[forwards]},
+        train={"micro_batch": 4 // wanted.ranks, **FORWARDS[wanted.forwards]},
     )
     held, run = open_models(config, world)
-
-    def masters() -> dict[str, torch.Tensor]:
-        return {name: torch.cat(engine._engine.optimizer.fp32_partitioned_groups_flat).cpu() for name, engine in held.engines.items()}
-
-    before = masters()
+    if wanted.lend:
+        held.actor.hand_over(weight_layout(held.actor.module), held.hybrid_engine, lend=True)
+    for name, engine in held.engines.items():
+        save_state(engine, out / name / "before")
     update(held, run, experience_of(held, run, *data()))
-    torch.save({name: (after - before[name]).detach() for name, after in masters().items()}, out)
+    for name, engine in held.engines.items():
+        save_state(engine, out / name / "after")
     world.close()
 
 
-def difference(models: Path, folder: Path, algorithm: str, dtype: str, forwards: str, checkpointing: str, lora: int, *how: str) -> dict[str, float]:
-    """Of such an update from the same in float32 on the CPU without kernels, by role: |difference| / |update|."""
-    started, found = [], []
-    for i, (precision, extra, devices) in enumerate((("float32", (), ""), (dtype, how, "" if how else "0"))):
-        command = [sys.executable, "-m", "tests.one_update", models, folder / str(i), algorithm, precision, forwards, checkpointing, lora, *extra]
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if how else "0"}
-        env |= {"MASTER_PORT": str(free_port())}
-        started.append(subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    for i, process in enumerate(started):
-        said = process.communicate(timeout=200)[1]
-        assert process.returncode == 0, said[-3000:]
-        found.append(torch.load(folder / str(i)))
-    return {role: float((found[1][role] - expected).norm() / expected.norm()) for role, expected in found[0].items()}
+def start(models: Path, out: Path, wanted: Update, on_gpu: bool) -> list[subprocess.Popen[str]]:
+    """A process for each rank."""
+    shared = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(wanted.interpreted)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(wanted.ranks), "LOCAL_WORLD_SIZE": str(wanted.ranks)}
+    shared["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(wanted.ranks))) if on_gpu else ""
+    command = [sys.executable, "-m", "tests.one_update", str(models), str(out), json.dumps(asdict(wanted))]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(wanted.ranks)
+    ]
+
+
+def differences(models: Path, folder: Path, wanted: Update) -> dict[str, float]:
+    """Of such an update, on GPUs or interpreted, from the same on one CPU rank in float32 without kernels: |difference| / |update| of every tensor,
+    by role and name."""
+    plain = replace(wanted, dtype="float32", ranks=1, lend=False, compile=False, interpreted=False)
+    started = [(folder / "plain", start(models, folder / "plain", plain, False))]
+    started.append((folder / "wanted", start(models, folder / "wanted", wanted, not wanted.interpreted)))
+    added: list[dict[str, torch.Tensor]] = []
+    for out, ranks in started:
+        for process in ranks:
+            said = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, said[-3000:]
+        added.append({})
+        for role in sorted(path.name for path in out.iterdir()):
+            before, after = (saved_state(out / role / when)[0] for when in ("before", "after"))
+            added[-1] |= {f"{role}: {name}": after[name].float() - before[name].float() for name in before if name.startswith("weight/")}
+    expected, found = added
+    assert expected and expected.keys() == found.keys(), sorted(expected.keys() ^ found.keys())
+    return {name: float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items()}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Update(**json.loads(sys.argv[3])))
