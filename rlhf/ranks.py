@@ -20,6 +20,7 @@ from rlhf.secrets import masked
 
 SLOW = 1.5  # times as long as the median of the other ranks
 SLOW_STEPS = 3  # in a row, until it is said
+FEW_BEATS = 4  # on any rank, and a rollout is mostly its start, which is no rank's pace (two GPUs took turns to be "3.4 times" as slow)
 SLOW_COST = 0.05  # of a step's time that it must cost, or nobody needs to know
 
 Busy = Mapping[str, tuple[float, int]]  # phase -> (seconds, beats)
@@ -78,10 +79,11 @@ class Pace:
             paces = [seconds / max(1, beats) for seconds, beats in (busy[phase] for busy in told)]
             ratios = [pace / max(1e-9, statistics.median(paces[:r] + paces[r + 1 :])) for r, pace in enumerate(paces)]
             slowest = max(range(len(told)), key=ratios.__getitem__)
+            short = phase == "gen" and min(busy[phase][1] for busy in told) < FEW_BEATS
             metrics |= {f"perf/straggler/{phase}/rank": float(slowest), f"perf/straggler/{phase}/ratio": ratios[slowest]}
             for rank, ratio in enumerate(ratios):
                 lost = told[rank][phase][0] * (1 - 1 / max(1.0, ratio))
-                slow = ratio >= SLOW and (phase == "device" or lost >= SLOW_COST * step_seconds)
+                slow = ratio >= SLOW and not short and (phase == "device" or lost >= SLOW_COST * step_seconds)
                 self._slow[phase, rank] = self._slow[phase, rank] + 1 if slow else 0
                 if self._slow[phase, rank] == SLOW_STEPS:
                     remarks.append(

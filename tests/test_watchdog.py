@@ -102,6 +102,7 @@ def test_slow_rank_is_named_after_three_steps() -> None:
     assert [len(pace.compare([normal, slow, normal, normal], 2.0)[1]) for _ in range(3)] == [0, 0, 1]  # anew, in a row
     pace = Pace(world_of(4))
     assert not any(pace.compare([normal, slow, normal, normal], 100.0)[1] for _ in range(6))  # nobody would notice
+    assert not any(pace.compare([{"gen": (1.0, 10)}, {"gen": (1.0, 3)}], 2.0)[1] for _ in range(6))  # a short rollout
 
 
 def test_waits_are_no_work() -> None:
