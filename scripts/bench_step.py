@@ -168,7 +168,7 @@ def run(args: argparse.Namespace, world: World) -> None:
     on_gpu = world.device.type == "cuda"
     shape, config = SHAPES[args.shape], recipe(args)
     models = build(args, config, world)
-    layout, lend = weight_layout(models.actor.module), lends_weights(config, world.size, on_gpu)
+    layout, lend = weight_layout(models.actor.module), "lending" not in args.without and lends_weights(config, world.size, on_gpu)
     prompts_, samples, before, lengths = step_lengths(args.workload, args.times)
     random = np.random.default_rng(1)
     prompts = [Prompt(random.integers(10, shape.vocabulary - 1, before).tolist(), "", "bench") for _ in range(prompts_)]
@@ -403,8 +403,9 @@ def arguments() -> argparse.ArgumentParser:
         "--without",
         nargs="+",
         default=[],
-        choices=PIECES,
-        help="what each brings: rows without padding, logits in chunks, fused kernels, ZeRO-3 gathering by layers, forwards scored together",
+        choices=(*PIECES, "lending"),
+        help="what each brings: rows without padding, logits in chunks, fused kernels, ZeRO-3 gathering by layers, forwards scored together; and on "
+        "several ranks the actor computing on the rollout's weights",
     )
     parser.add_argument(
         "--in_turn", choices=("on", "off"), help="several runs: with none of these, each added to those before; or with all, each left out"
