@@ -556,7 +556,7 @@ class TrainEngine:
         self._fitting: dict[str, Tensor] | None = None
         self._copies = Copies()
         self._lender: tuple[Sequence[WeightSource], HybridEngine] | None = None
-        self._lent = False
+        self._borrowing = False
         self._clip = float(settings["gradient_clipping"])
         settings = dict(settings)
         if self.stage == 0:
@@ -665,13 +665,14 @@ class TrainEngine:
 
     def step(self) -> StepResult:
         """Apply what was accumulated since the last step, unless its norm over all ranks is not finite. (collective)"""
+        self._verify_borrowed()
         self._may_change()
         rate = learning_rate_at(self.config, self.optimizer_steps, self.total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         if self._offloaded:
             self._offloaded.begin()
-        self._lent = False  # DeepSpeed gives all weights back first
+        self._borrowing = False  # DeepSpeed gives all weights back first
         try:
             self._engine.step()
         except BaseException:
@@ -698,6 +699,7 @@ class TrainEngine:
 
     def full_tensors(self, layout: Sequence[WeightSource]) -> Iterator[tuple[str, Tensor]]:
         """`full_tensors` of this model's weights. (collective)"""
+        self._verify_borrowed()
         return full_tensors(layout)
 
     def whole_weights(self, layout: Sequence[WeightSource]) -> dict[str, Tensor] | None:
@@ -711,30 +713,40 @@ class TrainEngine:
 
         lend: this model computes on that copy in turn, so that ZeRO-3 gathers weights once per optimizer step instead of twice per forward and
         backward; not with adapters, which are merged there. The copy then stays on the device for good. (collective)"""
-        if self._lent and self._lender and self._lender[1] is rollout:
+        if lend and self._lender and self._lender[1] is not rollout:
+            raise RuntimeError(f"{self.name}: another rollout lends its weights already")
+        if self._borrowing and self._lender and self._lender[1] is rollout:
             return  # no step since
         whole = self.whole_weights(layout)
         if whole is None or not rollout.borrow(whole):
             rollout.take_over(lambda weights: self.gather_into(layout, weights))
             if lend:
                 self._lender = layout, rollout
-                self._borrow(rollout.lend())
+                self._borrow(layout, rollout.lend())
 
-    def _borrow(self, weights: dict[str, Tensor]) -> None:
-        assert self._lender is not None
-        for source in self._lender[0]:
-            assert source.lora_a is None, source.name
+    def _borrow(self, layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> None:
+        """Parameters point to whole weights from here to the next step. Those that DeepSpeed never partitions keep their own memory; without the mark
+        it would give them back too, while it does not know the order of modules."""
+        for source in layout:
             parameter: Any = source.weight
-            if _shard(parameter) is not None:
-                parameter.data = weights[source.name]
+            assert source.lora_a is None and LENT not in parameter.ds_active_sub_modules, source.name
+            if (shard := _shard(parameter)) is not None:
+                whole = weights[source.name]
+                assert whole.dtype == shard.dtype and whole.shape == _shape(parameter), source.name
+                parameter.data = whole
                 parameter.ds_status = ZeroParamStatus.AVAILABLE
-                parameter.ds_active_sub_modules.add(LENT)
-        self._lent = True
+            parameter.ds_active_sub_modules.add(LENT)
+        self._borrowing = True
 
     def _borrow_again(self) -> None:
-        """After a step the copy has old weights. (collective)"""
-        if self._lender and not self._lent:
+        """Hand over anew after a step, because the rollout's weights are those from before it. (collective)"""
+        if self._lender and not self._borrowing:
             self.hand_over(*self._lender, lend=True)
+
+    def _verify_borrowed(self) -> None:
+        """RuntimeError if what has been computed on lent weights was computed on others than the model's. (waits for the device)"""
+        if self._lender:
+            self._lender[1].verify()
 
     @torch.no_grad()
     def gather_into(self, layout: Sequence[WeightSource], weights: dict[str, Tensor]) -> Tensor:
@@ -779,7 +791,7 @@ class TrainEngine:
         zero = self._engine.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()  # gives all weights back
-            self._lent = False
+            self._borrowing = False
         with self._states_at_hand(), torch.no_grad():
             facts = state.read(folder, self._parts(), list(self._trainable), self._torch_optimizer)
             if self.stage == 3:

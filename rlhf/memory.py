@@ -387,8 +387,10 @@ def borrows_weights(config: Config, ranks: int, on_gpu: bool) -> bool:
 
 def lends_weights(config: Config, ranks: int, on_gpu: bool) -> bool:
     """Whether the actor computes on the rollout's whole copy of its weights (`TrainEngine.hand_over`): where ZeRO-3 would gather the same, and the
-    copy stays on the device anyway."""
+    copy stays on the device anyway. Not where the JSON asks for another way to gather."""
     zero = role_settings(config, config.actor, world_size=ranks, on_gpu=on_gpu)["zero_optimization"]
+    if zero.get("stage3_module_granularity_threshold") or int(zero.get("zero_hpz_partition_size", 1)) > 1:
+        return False  # the one gives lent weights back regardless, the other copies them
     on_device = (zero.get("offload_param") or {}).get("device", "none") == "none"
     return int(zero.get("stage", 0)) == 3 and on_device and ranks > 1 and config.actor.lora is None and not releases(config)
 

@@ -171,7 +171,7 @@ def decoding(config: Config, world_size: int, on_gpu: bool) -> str:
     size = parameters(architecture) * (2 if role_dtype(config.actor, on_gpu) == "bfloat16" else 4) / 2**30
     use = ", adapters merged" if config.actor.lora else ""
     if lends_weights(config, world_size, on_gpu):
-        use = "; the actor scores and learns on it too, so that ZeRO-3 gathers once per optimizer step"
+        return f"{way}; a whole copy of the actor on every rank ({size:.2f} GiB), gathered once per optimizer step: the actor computes on it too"
     return f"{way}; a whole copy of the actor on every rank ({size:.2f} GiB), filled once per rollout phase{use}"
 
 

@@ -103,9 +103,9 @@ def build_models(folder: Path) -> None:
 # Configs and data
 
 
-def deepspeed_block(stage: int, sgd: bool = True) -> dict[str, Any]:
-    """Settings under which even the smallest parameter is sharded at stage 3."""
-    zero: dict[str, Any] = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+def deepspeed_block(stage: int, sgd: bool = True, whole: int = 0) -> dict[str, Any]:
+    """Settings under which even the smallest parameter is sharded at stage 3, or what has more than so many elements."""
+    zero: dict[str, Any] = {"stage": stage} | ({"stage3_param_persistence_threshold": whole} if stage == 3 else {})
     return {"zero_optimization": zero, **(copy.deepcopy(SGD) if sgd else {})}
 
 

@@ -146,8 +146,15 @@ class HybridEngine:
     @torch.no_grad()
     def take_over(self, gather: Callable[[dict[str, Tensor]], Tensor]) -> None:
         """The weights of a training engine: `gather` writes them to their places in the buffer and returns how many elements came out wrong, which
-        `generate` looks at, so that nobody waits here. (collective)"""
-        self._wrong = gather(self.own_weights())
+        `verify` looks at, so that nobody waits here. (collective)"""
+        wrong = gather(self.own_weights())
+        self._wrong = wrong if self._wrong is None else self._wrong + wrong
+
+    def verify(self) -> None:
+        """RuntimeError if what was taken over since the last call has come out wrong (trap 21). (waits for the device)"""
+        wrong, self._wrong = int(self._wrong or 0), None
+        if wrong:
+            raise RuntimeError(f"hand-over of weights: {wrong} elements differ between actor and rollout (trap 21)")
 
     def borrow(self, weights: dict[str, Tensor]) -> bool:
         """Compute on a training engine's own weights from here on: whole tensors under transformers' names, which must keep their addresses and are
@@ -311,9 +318,7 @@ class HybridEngine:
             raise ValueError("stop texts need decode_text (token ids -> text), which this engine was made without")
         if not prompts:
             return assemble([], torch.zeros(0, dtype=torch.int64), [], None, sampling, self.pad_token_id)
-        if self._wrong is not None and int(self._wrong):
-            raise RuntimeError(f"hand-over of weights: {int(self._wrong)} elements differ between actor and rollout (trap 21)")
-        self._wrong = None
+        self.verify()
         longest = max(len(p.input_ids) for p in prompts)
         rows = len(prompts) * group_size
         self.prepare(longest + sampling.max_new_tokens, rows, sampling.max_new_tokens, sampling, forced is not None)

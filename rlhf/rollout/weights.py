@@ -1,4 +1,4 @@
-"""Rollout weights: one flat buffer at a fixed address, filled from the training weights once per rollout phase."""
+"""Rollout weights: one flat buffer at a fixed address, filled from the training weights before a rollout (`TrainEngine.hand_over`)."""
 
 from __future__ import annotations
 

@@ -63,16 +63,20 @@ ROLLOUT = make_rollout([4, 4, 9, 9, 2, 2, 5], [3, 8, 5, 7, 4, 6, 1], window=8)
 SCORES = make_scores([0.3, -1.0, 0.5, 2.0, -0.2, 1.0, 0.1])
 
 
-def settings(stage: int, world: World, dtype: str = "float32", max_grad_norm: float = 0.0, sgd: bool = True, trained: bool = True) -> dict[str, Any]:
-    block = deepspeed_block(stage, sgd)
+def settings(
+    stage: int, world: World, dtype: str = "float32", max_grad_norm: float = 0.0, sgd: bool = True, trained: bool = True, whole: int = 0
+) -> dict[str, Any]:
+    block = deepspeed_block(stage, sgd, whole)
     return resolve_deepspeed(block, dtype=dtype, trained=trained, micro_batch=1, world_size=world.size, max_grad_norm=max_grad_norm, on_gpu=False)
 
 
-def causal_engine(world: World, folder: Path, stage: int, dtype: str = "float32", lora: bool = False, sgd: bool = True, **role: Any) -> TrainEngine:
+def causal_engine(
+    world: World, folder: Path, stage: int, dtype: str = "float32", lora: bool = False, sgd: bool = True, whole: int = 0, **role: Any
+) -> TrainEngine:
     config = TrainedModelConfig(
         path=folder, dtype=dtype, lora=LoraConfig(r=4) if lora else None, **{"learning_rate": 1.0, "max_grad_norm": 0, **role}
     )  # type: ignore[arg-type]
-    resolved = settings(stage, world, dtype, config.max_grad_norm, sgd)
+    resolved = settings(stage, world, dtype, config.max_grad_norm, sgd, whole=whole)
     module = load_causal_lm(config, "actor", loading_context(resolved, world), world, getattr(torch, dtype))
     if config.lora:
         module = add_adapters(module, config.lora, 0)
@@ -788,34 +792,38 @@ def gathering() -> Iterator[list[int]]:
         yield counts
 
 
+def lending_pair(world: World, models: Path, family: str, whole: int) -> tuple[TrainEngine, TrainEngine, HybridEngine]:
+    """A model that gathers, one that computes on its rollout's weights, and that rollout."""
+    plain, lent = (causal_engine(world, models / family, 3, whole=whole, learning_rate=0.5) for _ in range(2))
+    rollout = HybridEngine(AutoConfig.from_pretrained(models / family), [3], 3, EngineSettings(max_batch=5), world.device, torch.float32)
+    lent.hand_over(weight_layout(lent.module), rollout, lend=True)
+    return plain, lent, rollout
+
+
 def train_on_lent_weights(world: World, models: Path, family: str, folder: Path, checkpointing: bool) -> dict[str, bool]:
-    """A model that computes on its rollout's weights beside one that gathers: every step of both, and whatever reads weights in between."""
-    role: dict[str, Any] = {"learning_rate": 0.5}
-    plain, lent = (causal_engine(world, models / family, 3, **role) for _ in range(2))
+    """Every step of both, and whatever reads weights in between."""
+    plain, lent, rollout = lending_pair(world, models, family, 0)
     if checkpointing:
         for engine in (plain, lent):
             recompute(engine.module, True, "actor")
     layout = weight_layout(lent.module)
-    rollout = HybridEngine(AutoConfig.from_pretrained(models / family), [3], 3, EngineSettings(max_batch=5), world.device, torch.float32)
 
     def in_place() -> bool:
         return all(s.weight.data_ptr() == rollout.weights[s.name].data_ptr() and s.weight.shape == rollout.weights[s.name].shape for s in layout)
 
-    def alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    def same() -> bool:
+        one, other = weights(plain), weights(lent)
         return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
-    def same() -> bool:
-        return alike(weights(plain), weights(lent))
-
-    held: dict[str, bool] = {}
-    lent.hand_over(layout, rollout, lend=True)
-    held["lent at once"] = in_place()
+    held: dict[str, bool] = {"lent at once": in_place()}
     save_state(lent, folder / "state")
     with gathering() as counts:
-        held["scores alike"] = torch.equal(forward(plain.score), forward(lent.score)) and counts[0] > 0
+        scores = forward(lent.score)
+        held["nothing is gathered to score"] = counts[0] == 0
+        held["scores alike"] = torch.equal(forward(plain.score), scores) and counts[0] > 0
         gathered = counts[0]
         norms = train(lent, world)
-        held["nothing was gathered"] = counts[0] == gathered
+        held["nothing is gathered to train"] = counts[0] == gathered
         held["norms alike"] = norms == train(plain, world)
         held["a step gives it back"] = all(s.weight.ds_status == ZeroParamStatus.NOT_AVAILABLE for s in layout)  # type: ignore[attr-defined]
         held["weights alike"] = same()
@@ -845,4 +853,43 @@ def train_on_lent_weights(world: World, models: Path, family: str, folder: Path,
 @pytest.mark.parametrize(("family", "checkpointing"), [("llama", False), ("qwen2", True), ("gpt2", False)])
 def test_training_on_the_weights_that_the_rollout_lends_is_the_same_bits(models: Path, tmp_path: Path, family: str, checkpointing: bool) -> None:
     for held in run_ranks(train_on_lent_weights, 2, models, family, tmp_path, checkpointing):
+        assert all(held.values()), held
+
+
+def short_steps_on_lent_weights(world: World, models: Path) -> dict[str, bool]:
+    """Beside parameters that DeepSpeed keeps whole, by ranks that do not divide the others: a step of one forward, after which DeepSpeed does not
+    know the order of modules; a step that is not made; weights that came out wrong."""
+    plain, lent, rollout = lending_pair(world, models, "llama", 100)
+    row = IDS[world.rank : world.rank + 1]
+
+    def step(engine: TrainEngine, factor: float = 1.0) -> Any:
+        scores = forward(engine.score, row)
+        logprobs = forward(engine, row)[:, :-1].log_softmax(-1)
+        engine.backward(-factor * logprobs.gather(-1, row[:, 1:, None]).sum(), 10.0)
+        result = engine.step()
+        return result.applied, scores.tolist(), result.grad_norm if result.applied else None
+
+    held: dict[str, bool] = {}
+    with gathering() as counts:
+        for number, factor in enumerate((1.0, 1.0, math.nan, 1.0)):
+            counts[0] = 0
+            found = step(lent, factor)
+            held[f"nothing is gathered in step {number}"] = counts[0] == 0
+            held[f"step {number} alike"] = found == step(plain, factor) and found[0] == math.isfinite(factor) and counts[0] > 0
+            held[f"replicated alike after step {number}"] = plain.replicated() == lent.replicated()
+            if number % 2:  # else its next forward fetches them
+                lent.hand_over(weight_layout(lent.module), rollout, lend=True)
+    for number, use in enumerate((lambda: step(lent), lambda: list(lent.full_tensors(weight_layout(lent.module))))):
+        rollout._wrong = torch.tensor(7)
+        try:
+            use()
+            held[f"wrong weights are refused ({number})"] = False
+        except RuntimeError as error:
+            held[f"wrong weights are refused ({number})"] = "7 elements differ" in str(error)
+    return held
+
+
+def test_short_steps_on_the_weights_that_the_rollout_lends(models: Path) -> None:
+    """trap 21"""
+    for held in run_ranks(short_steps_on_lent_weights, 3, models):
         assert all(held.values()), held
