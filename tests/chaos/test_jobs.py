@@ -14,10 +14,10 @@ from tests.e2e.programs import steps
 pytestmark = pytest.mark.timeout(900)
 
 KILLS = (
-    "1 rank update_actor-1 0.01;"
-    "0 rank file-20 0;"  # inside of the first save
-    "0 launcher gen-1 0;"
-    "0 inner gen-1 0"  # after which the launcher says that all is well
+    "1 rank update_actor-1 0.01",
+    "0 inner gen-1 0",  # after which the launcher says that all is well
+    "0 rank file-20 0",  # inside of a save
+    "0 launcher gen-1 0",
 )
 PHASES = {
     "loading": "start-0",
@@ -46,8 +46,9 @@ def expected(recipe: Path) -> str:
     return undisturbed(recipe, recipe.parent / "undisturbed", STEPS)
 
 
-def test_killed_four_times(recipe: Path, expected: str) -> None:
-    found = disturbed(recipe, recipe.parent / "killed", KILLS, lambda: expected)
+@pytest.mark.parametrize("times", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_several_times(times: int, recipe: Path, expected: str) -> None:
+    found = disturbed(recipe, recipe.parent / f"killed-{times}", ";".join(KILLS[:times]), lambda: expected)
     assert found["hit"] and found["same"], found
 
 
