@@ -249,13 +249,13 @@ def run(args: argparse.Namespace, world: World) -> None:
         learn(models, config, timer, rollout, scored, number, config.algorithm.kl.coef, world)
         note_memory()
         with timer.phase("hand_over"):
-            if not args.only:
+            if lend or not args.only:
                 models.actor.hand_over(layout, models.hybrid_engine, lend)
         now = time.perf_counter()
         record = {name.removeprefix("timing_s/"): value for name, value in timer.metrics().items() if name.startswith("timing_s/")}
         records.append(record | {"step": now - started, "after_gen": now - generated})
 
-    if not args.only:
+    if lend or not args.only:
         models.actor.hand_over(layout, models.hybrid_engine, lend)
     for number in range(1, args.warmup + args.steps + 1):
         step(number)
