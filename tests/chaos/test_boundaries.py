@@ -16,7 +16,7 @@ from rlhf.distributed import World
 from rlhf.requests import SAVE, STOP, Requests
 from rlhf.trainers.rl import train_rl
 from tests.e2e.conftest import REWARDS
-from tests.e2e.programs import engine_hashes, make_model, metrics, preference_rows, reversal_rows, sample_files, write_jsonl, write_recipe
+from tests.e2e.programs import SHARDED, engine_hashes, make_model, metrics, preference_rows, reversal_rows, sample_files, write_jsonl, write_recipe
 from tests.helpers import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -26,7 +26,7 @@ STEPS = 3
 PPO = {"name": "ppo", "kl": {"coef": 0.01, "controller": "adaptive", "target": 1.0, "horizon": 1000}, "epochs": 2, "minibatches": 2}
 GRPO = {"name": "grpo", "kl": {"coef": 0.01, "place": "loss", "estimator": "k3"}}
 CLASSES: dict[str, dict[str, Any]] = {
-    "ppo, ZeRO-3": {"algorithm": PPO},
+    "ppo, ZeRO-3": {"algorithm": PPO, "deepspeed": SHARDED},
     "grpo with LoRA, one update, ZeRO-2": {"algorithm": GRPO, "actor": {"lora": {"r": 4}}, "deepspeed": "ds_configs/zero2.json"},
     "ppo, one update, ZeRO-1": {"algorithm": {**PPO, "epochs": 1, "minibatches": 1}, "deepspeed": "ds_configs/zero1.json"},
     "grpo with LoRA, three epochs, ZeRO-0": {
@@ -34,7 +34,7 @@ CLASSES: dict[str, dict[str, Any]] = {
         "actor": {"lora": {"r": 4}},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     },
-    "ppo, bf16, ZeRO-3": {"algorithm": PPO, "actor": {"dtype": "bfloat16"}, "critic": {"dtype": "bfloat16"}},
+    "ppo, bf16, ZeRO-3": {"algorithm": PPO, "deepspeed": SHARDED, "actor": {"dtype": "bfloat16"}, "critic": {"dtype": "bfloat16"}},
 }
 
 

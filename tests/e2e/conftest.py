@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.e2e.programs import Outcome, make_model, preference_rows, reversal_rows, succeed, write_jsonl, write_recipe
+from tests.e2e.programs import SHARDED, Outcome, make_model, preference_rows, reversal_rows, succeed, write_jsonl, write_recipe
 from tests.e2e.rows import MALFORMED
 
 REWARDS = '''
@@ -154,6 +154,7 @@ def ppo_recipe(ground: Ground, actor: Path, reward_model: Path, **changes: Any) 
     folder = ground.folder
     return {
         "task": "rl",
+        "deepspeed": SHARDED,
         "actor": {"path": actor, "learning_rate": 2e-3, "schedule": "linear", "warmup_steps": 2},
         "critic": {"init": "reward", "learning_rate": 2e-3},
         "data": {"train": {"path": folder / "rows.jsonl"}},

@@ -135,6 +135,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **extra}
 
 
+# ds_configs/zero3.json, which keeps whole what has up to 100,000 elements: all there is of the models here.
+SHARDED: dict[str, Any] = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+SHARDED["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
 def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe, default=str)), sort_keys=False))
     return path
