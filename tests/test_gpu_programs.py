@@ -140,10 +140,14 @@ def test_rewards_rise(ground: Path, deepspeed: str) -> None:
     assert scores[0] < 0.1 and scores[-1] > 0.9, scores
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_first_step_takes_what_was_planned(ground: Path, case: str) -> None:
-    recipe = recipe_of(ground, case, merge(CASES[case], {"train": {"steps": 1}}))
-    outcome = run(recipe, launcher="python", env={"PYTHONPATH": str(ground / "python")}, timeout=150)
+@pytest.mark.parametrize(("case", "gpus"), [*((case, 1) for case in CASES), ("grpo", 2), ("ppo", 2)])
+def test_a_first_step_takes_what_was_planned(ground: Path, case: str, gpus: int) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    changes = merge(CASES[case], {"train": {"steps": 1}, "rollout": {"max_batch": 1024 // gpus}})
+    case += f"-{gpus}" * (gpus > 1)
+    launcher = "deepspeed" if gpus > 1 else "python"
+    outcome = run(recipe_of(ground, case, changes), launcher=launcher, env={"PYTHONPATH": str(ground / "python")}, timeout=150)
     assert outcome.code == 0, outcome.out[-6000:]
     assert {"memory/gen", "memory/ref", "memory/update_actor"} <= compared(ground / case).keys()
     assert as_planned(ground / case) and "GiB measured of planned" not in outcome.out
