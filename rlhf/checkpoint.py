@@ -14,6 +14,7 @@ under another name from the first moment. So whatever moment a kill or a failing
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,6 +41,7 @@ _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 EXPORTED = ("hf", "adapter")  # for others: nothing here reads them from a checkpoint
 _HASHERS = 8  # threads
 LAST_WORD_SECONDS = 60.0
+LOOK_SECONDS = 5.0  # between looks at what is written in the background: each costs the main thread processor time, which counts as progress there
 MANIFEST = "manifest.json"
 HOST_SHARE = 0.6  # of a rank's host memory that background saves may take
 
@@ -94,6 +96,8 @@ class Checkpoints:
         self._exported = 0.0  # bytes
         self._failure: Failure | None = None  # of the last save; known to all ranks once it is over
         self._told: Failure | None = None  # what `save` has returned before
+        self._written = 0  # files, of the writer's
+        self._meets = False  # the writer, which has written all its files, the others'
 
     def prepare(self, engines: Mapping[str, Saved], exported: int) -> str | None:
         """Lock the host memory that background saves will copy to, while other things happen; where a rank has too little, saves are not in the
@@ -177,10 +181,17 @@ class Checkpoints:
 
     def finish(self) -> Failure | None:
         """Wait for what is written in the background; what kept the last save from being complete. (collective)"""
-        while self.writing:
-            assert self._writer is not None
-            self._writer.join(1.0)
-            self.world.beat()
+        with contextlib.ExitStack() as stack:
+            seen, waits = self._written, False
+            while self.writing:
+                assert self._writer is not None
+                self._writer.join(LOOK_SECONDS)
+                if self._written != seen:  # a disk that hangs makes no progress
+                    seen = self._written
+                    self.world.beat()
+                if self._meets and not waits:  # for a rank that still writes
+                    stack.enter_context(self.world.watchdog.waiting())
+                    waits = True
         self._writer = None
         self._failure = self.world.broadcast_object(self._failure)  # (collective)
         return self._failure
@@ -231,12 +242,15 @@ class Checkpoints:
                 if problem is None:  # what is left is still taken, as other ranks may wait for this one there
                     files.make_folder(temporary / folder)
                     written[f"{folder}/{file.name}"] = asdict(files.write_tensors(temporary / folder / file.name, file.tensors, file.metadata))
+                    self._written += 1
             if export is not None and problem is None:
                 files.before("export", temporary)
                 written |= {str(path.relative_to(temporary)): asdict(entry) for path, entry in export(temporary).items()}
         except Exception as error:  # whatever a disk and a library may raise: the run does not end with it
             problem = f"{type(error).__name__}: {error}"
+        self._meets = True
         found = [json.loads(text) for text in self.world.exchange("checkpoint", json.dumps([written, problem]))]
+        self._meets = False
         if not self.world.is_main:
             return
         problem = next((f"rank {rank}: {theirs}" for rank, (_, theirs) in enumerate(found) if theirs), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -190,17 +191,19 @@ class World:
 
     def exchange(self, topic: str, value: str) -> list[str]:
         """Every rank's value, in rank order, on every rank. Over the store, from any thread, and no collective: but the n-th call for a topic on
-        one rank belongs to the n-th on every other."""
+        one rank belongs to the n-th on every other. From the main thread this rank is known to wait: else the rank that it waits for is not told
+        from it, and the processor time of its looking counts as progress (`watchdog.HOST_WORK`)."""
         if self.store is None:
             return [value]
         self._exchanges[topic] += 1
         keys = [f"{topic}/{self._exchanges[topic]}/{r}" for r in range(self.size)]
         self.store.set(keys[self.rank], value)
         found = []
-        for each in keys:
-            while not self.store.check([each]):
-                time.sleep(0.01)
-            found.append(self.store.get(each).decode())
+        with self.watchdog.waiting() if threading.current_thread() is threading.main_thread() else contextlib.nullcontext():
+            for each in keys:
+                while not self.store.check([each]):
+                    time.sleep(0.01)
+                found.append(self.store.get(each).decode())
         # Everybody has begun this exchange, so everybody has what the one before was for.
         self.store.delete_key(f"{topic}/{self._exchanges[topic] - 1}/{self.rank}")
         return found

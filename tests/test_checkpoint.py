@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf import files
+from rlhf import checkpoint, files
 from rlhf.checkpoint import Checkpoints, Failure, Mark, damage
 from rlhf.distributed import World
 from rlhf.models.export import on_host
@@ -489,3 +491,61 @@ def test_background_writes_the_same_bytes(tmp_path: Path) -> None:
     assert damage(first) is None and damage(second) is None
     same = [json.loads((folder / "manifest.json").read_text()) for folder in (first, second)]
     assert same[0] == same[1] and any("rank-1" in name for name in same[0])
+
+
+# ---- who waits for whom while states are written
+
+
+def meet(world: World, in_thread: bool) -> bool:
+    """What rank 0 has told of itself while it waited for rank 1 at the store."""
+    told: list[bool] = []
+    if world.rank == 1:
+        while not world.store.check(["seen"]):  # type: ignore[union-attr]
+            time.sleep(0.01)
+    else:
+
+        def look() -> None:
+            while not world.store.check(["test/1/0"]):  # type: ignore[union-attr]
+                time.sleep(0.01)
+            time.sleep(0.1)
+            told.append(world.watchdog._place.waits)
+            world.store.set("seen", "")  # type: ignore[union-attr]
+
+        threading.Thread(target=look).start()
+    if in_thread:
+        meeting = threading.Thread(target=world.exchange, args=("test", ""))
+        meeting.start()
+        meeting.join()
+    else:
+        world.exchange("test", "")
+    return bool(told and told[0]) or world.watchdog._place.waits
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_who_waits_at_the_store_is_known_to_wait(in_thread: bool) -> None:
+    """Else nobody can tell which rank hangs in a save, and the processor time of its looking is taken for progress: the job would stand for good."""
+    assert run_ranks(meet, 2, in_thread) == [not in_thread, False]
+
+
+def test_a_disk_that_hangs_makes_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LOOK_SECONDS", 0.01)
+    checkpoints, over = Checkpoints(tmp_path, single_world(), keep_last=2), threading.Event()
+    dog = checkpoints.world.watchdog
+    checkpoints._writer = threading.Thread(target=over.wait)
+    checkpoints._writer.start()
+    waiting = threading.Thread(target=checkpoints.finish)
+    waiting.start()
+    beats = []
+    for _ in range(2):
+        time.sleep(0.2)
+        beats.append(dog.beats)
+    checkpoints._written += 1
+    time.sleep(0.2)
+    beats.append(dog.beats)
+    assert beats[0] == beats[1] and beats[2] == beats[1] + 1 and not dog._place.waits
+    checkpoints._meets = True
+    time.sleep(0.2)
+    assert dog._place.waits and dog.beats == beats[2]
+    over.set()
+    waiting.join()
+    assert not dog._place.waits
