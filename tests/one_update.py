@@ -1,4 +1,4 @@
-"""What three optimizer steps (SGD) add to the master weights of each trained model, on the devices that there are.
+"""What one or three optimizer steps (SGD) add to the master weights of each trained model, on the devices that there are.
 
 python -m tests.one_update MODELS OUT '{"algorithm": "ppo", ...}': a folder of `tests.helpers.build_models`, and where this rank writes its part of
 the weights before and after, by role (`tests.helpers.save_state`). The settings are the fields of `Update`.
@@ -26,7 +26,9 @@ from tests.e2e.programs import free_port
 from tests.helpers import rl_config, save_state, saved_state
 from tests.interpreter import interpreted
 
-RATE = 0.001  # so small that what the first steps have rounded hardly shows in the gradients of the next, and no ratio comes near to being clipped
+# Of one step the rate does not matter but for rounding. Of several it is so small that what the first has rounded hardly shows in the gradients of
+# the next, and that no ratio comes near to being clipped.
+RATES = {1: 1.0, 3: 0.001}
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Update:
     ranks: int = 1
     lend: bool = False  # the actor computes on the rollout's weights
     compile: bool = False
+    minibatches: int = 3  # optimizer steps
     interpreted: bool = False  # what a GPU would compute in kernels is computed in them, by Triton's interpreter
 
 
-# With how far any tensor may be off: in bfloat16 about twice as far as measured in Triton's interpreter, in float32 as TensorFloat-32 would not be.
+# With how far any tensor may be off after three steps: in bfloat16 about twice as far as measured in Triton's interpreter, in float32 as
+# TensorFloat-32 would not be.
 UPDATES: dict[str, tuple[Update, float]] = {
     "float32": (Update("ppo", "packed", "float32"), 3e-4),
     "ppo": (Update("ppo", "packed", checkpointing="mlp"), 0.5),
@@ -62,14 +66,19 @@ def main(models: Path, out: Path, wanted: Update) -> None:
     if wanted.interpreted:
         interpret()
     world = init_world()
-    role = {"dtype": wanted.dtype, "gradient_checkpointing": wanted.checkpointing, "compile": wanted.compile, "learning_rate": RATE}
+    role = {
+        "dtype": wanted.dtype,
+        "gradient_checkpointing": wanted.checkpointing,
+        "compile": wanted.compile,
+        "learning_rate": RATES[wanted.minibatches],
+    }
     config = rl_config(
         models,
         3,
         actor={**role, "lora": {"r": wanted.lora, "target_modules": "all-linear"} if wanted.lora else None},
         critic={**role, "init": "path", "path": models / "scalar", "head": "keep"},
         reference={"path": models / "reference", "dtype": wanted.dtype},
-        algorithm={**ALGORITHMS[wanted.algorithm], "minibatches": 3},
+        algorithm={**ALGORITHMS[wanted.algorithm], "minibatches": wanted.minibatches},
         rollout={"prompts": 5, "group_size": 3, "max_new_tokens": 12, "temperature": TEMPERATURE},
         train={"micro_batch": 4 // wanted.ranks, **FORWARDS[wanted.forwards]},
     )
@@ -103,9 +112,9 @@ def start(models: Path, out: Path, wanted: Update, on_gpu: bool) -> list[subproc
     ]
 
 
-def differences(models: Path, folder: Path, wanted: Update) -> dict[str, float]:
+def differences(models: Path, folder: Path, wanted: Update) -> tuple[dict[str, float], dict[str, float]]:
     """Of such an update, on GPUs or interpreted, from the same on one CPU rank in float32 without kernels: |difference| / |update| of every tensor,
-    by role and name."""
+    by role and name; and of all of a role's together, by role."""
     plain = replace(wanted, dtype="float32", ranks=1, lend=False, compile=False, interpreted=False)
     started = [(folder / "plain", start(models, folder / "plain", plain, False))]
     started.append((folder / "wanted", start(models, folder / "wanted", wanted, not wanted.interpreted)))
@@ -120,7 +129,15 @@ def differences(models: Path, folder: Path, wanted: Update) -> dict[str, float]:
             added[-1] |= {f"{role}: {name}": after[name].float() - before[name].float() for name in before if name.startswith("weight/")}
     expected, found = added
     assert expected and expected.keys() == found.keys(), sorted(expected.keys() ^ found.keys())
-    return {name: float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items()}
+    roles = {name.split(":")[0] for name in expected}
+    together = {
+        role: tuple(torch.cat([update[name].flatten() for name in expected if name.startswith(role)]) for update in (found, expected))
+        for role in roles
+    }
+    return (
+        {name: float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items()},
+        {role: float((one - other).norm() / other.norm()) for role, (one, other) in together.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,10 @@ def test_an_update_is_the_cpus(models: Path, tmp_path: Path, name: str) -> None:
     wanted, limit = ON_GPUS[name]
     if torch.cuda.device_count() < wanted.ranks:
         pytest.skip(f"needs {wanted.ranks} GPUs")
-    found = differences(models, tmp_path, wanted)
+    found, _ = differences(models, tmp_path / "three", wanted)
     assert max(found.values()) < limit, sorted(found.items(), key=lambda item: -item[1])[:5]
+    _, together = differences(models, tmp_path / "one", replace(wanted, minibatches=1))
+    assert max(together.values()) < (1e-3 if wanted.dtype == "float32" else 0.1), together
 
 
 def test_bf16_training_under_zero_3(models: Path, world: World, tmp_path: Path) -> None:
