@@ -351,12 +351,20 @@ def host_capacity(ranks: int, system: Path = Path("/")) -> int | None:
     return min(room) // ranks if room else None
 
 
-def plan_memory(config: Config, roles: Sequence[tuple[str, ModelConfig]], ranks: int, longest: int | None = None, on_gpu: bool = True) -> Plan:
-    """roles: as `preflight.roles` lists them; longest: tokens of the longest row, if the data is known. The KV cache is bounded by the device, if
-    there is one, and by what the other phases need beside it; else it has all that it asks for. Raises ValueError as `held_by` does."""
+def plan_memory(
+    config: Config,
+    roles: Sequence[tuple[str, ModelConfig]],
+    ranks: int,
+    longest: int | None = None,
+    on_gpu: bool = True,
+    capacity: int | None = None,
+) -> Plan:
+    """roles: as `preflight.roles` lists them; longest: tokens of the longest row, if the data is known; capacity: bytes of the smallest device,
+    None without one. The KV cache is bounded by that, if it is given, and by what the other phases need beside it; else it has all that it asks for.
+    A function of its arguments alone, as all ranks must come to the same plan. Raises ValueError as `held_by` does."""
     longest = longest or longest_row(config)
     held = {name: held_by(config, name, role, ranks, longest, on_gpu) for name, role in roles}
-    return plan_of(config, held, ranks, longest, on_gpu, device_capacity())
+    return plan_of(config, held, ranks, longest, on_gpu, capacity)
 
 
 def plan_of(config: Config, held: Mapping[str, Held], ranks: int, longest: int, on_gpu: bool, capacity: int | None, give_way: bool = True) -> Plan:

@@ -156,7 +156,7 @@ def describe(config: Config) -> str:
             lines.append("  reference: the actor with its adapters off")
     lines.append("")
     try:
-        lines += plan_memory(config, roles(config), world_size).table()  # of a GPU, wherever this is asked
+        lines += plan_memory(config, roles(config), world_size, capacity=device_capacity()).table()  # of a GPU, wherever this is asked
     except ValueError as error:
         lines.append(f"  memory of a GPU: {error}")
     return "\n".join(lines)

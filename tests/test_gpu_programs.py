@@ -42,7 +42,6 @@ def letter_a(completions, **columns):
 
 extra, at, updates = float(os.environ.get("EXTRA_GIB", 0)), os.environ.get("EXTRA_AT"), 0
 if "DEVICE_GIB" in os.environ and sys.argv[0].endswith("train_rlhf.py"):  # not where rewards are computed
-    import rlhf.memory
     import rlhf.preflight
     import rlhf.trainers.run
     from rlhf.metrics.timing import PhaseTimer
@@ -58,7 +57,7 @@ if "DEVICE_GIB" in os.environ and sys.argv[0].endswith("train_rlhf.py"):  # not 
 
     take((torch.cuda.get_device_properties(0).total_memory - size) / 2**30 + extra * (at == "start"))
     torch.cuda.mem_get_info = lambda device=None: (memory(device)[0], size)
-    for module in (rlhf.memory, rlhf.preflight, rlhf.trainers.run):
+    for module in (rlhf.preflight, rlhf.trainers.run):
         module.device_capacity = lambda: size
     PhaseTimer.phase = phase
 '''

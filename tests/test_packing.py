@@ -36,6 +36,7 @@ from rlhf.batching import MicroBatchPlan, collate, pack
 from rlhf.models.forward import last_token_scores, response_logprobs, response_values
 from rlhf.models.heads import ScalarModel
 from rlhf.models.packing import check_packing, check_positions, pack_attention
+from rlhf.models.rotary import check_length
 from rlhf.preflight import check
 from tests.helpers import rl_config
 
@@ -52,6 +53,7 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 4, "long_factor": [3.0] * 4}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**BASE),
     "qwen2": Qwen2Config(**BASE),
@@ -64,6 +66,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=80),
     "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=48, pad_token_id=0, dropout=0.0),
     "phi3": Phi3Config(**BASE),
+    "phi3, longrope": Phi3Config(**BASE, original_max_position_embeddings=16, rope_parameters=LONGROPE),
+    "llama, dynamic": LlamaConfig(**BASE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     "olmo2": Olmo2Config(**BASE),
     "stablelm": StableLmConfig(**BASE),
     "cohere": CohereConfig(**BASE),
@@ -152,6 +156,21 @@ def test_other_positions_than_ours_are_refused() -> None:
         with pytest.raises(ValueError, match="actor: RobertaForCausalLM counts positions from 2 on, and every forward here from 0"):
             asked()
     check_positions(build(FAMILIES["llama"]), "actor")
+
+
+def test_a_row_with_which_others_would_be_turned_differently_is_refused() -> None:
+    """Past its first length Phi-3 turns every row of a forward by other frequencies: what a row's gradient is would depend on the rows beside it."""
+    model, config = build(FAMILIES["phi3, longrope"]), FAMILIES["phi3, longrope"]
+    ids = torch.randint(3, 97, (1, 17), generator=torch.Generator().manual_seed(1))
+    short, beside = (model(input_ids=ids[:, :n]).logits[:, :10] for n in (10, 17))
+    assert float((short - beside).detach().norm() / short.detach().norm()) > 0.01  # so it is in transformers
+    check_length(config, 16, "actor", "lower it")
+    with pytest.raises(ValueError, match=r"critic: 'longrope' .* past 16 tokens, .* the longest row has 17: lower it"):
+        check_length(config, 17, "critic", "lower it")
+    check_length(FAMILIES["llama, dynamic"], 64, "actor", "lower it")
+    with pytest.raises(ValueError, match=r"actor: 'dynamic' .* past 64 tokens"):
+        check_length(FAMILIES["llama, dynamic"], 65, "actor", "lower it")
+    check_length(LlamaConfig(**BASE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), 65, "actor", "")
 
 
 def test_every_role_is_asked_before_anything_loads(models: Path, tmp_path: Path) -> None:

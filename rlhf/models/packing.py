@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.batching import in_groups, pack
+from rlhf.models.rotary import freeze
 from rlhf.types import Packed
 
 # No mask function is registered under this name on purpose: transformers' mask creation then returns None at once.
@@ -155,6 +156,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(CHECKED, _mask_asked_for)
 
 def pack_attention(model: nn.Module, name: str = NAME) -> None:
     """From here on the model computes packed forwards, and no others."""
+    freeze(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._attn_implementation_internal = name  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from rlhf.models.packing import objection, obstacle
+from rlhf.models.rotary import freeze, limit_of
 from rlhf.rollout.paged import CacheShape, Step
 
 # No mask function is registered under this name on purpose: transformers' mask creation then returns None at once (masking_utils,
@@ -114,7 +114,7 @@ class GenericDecoder:
         self.model, self.config = model, model.config
         for module in model.modules():
             _switch(module)
-            _freeze_rope(module)
+        freeze(model)
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._layer: dict[int, int] = {}  # id of an attention module -> layer of the cache
         self._calls: list[int] = []
@@ -185,27 +185,6 @@ def _switch(module: nn.Module) -> None:
         module.warn_if_padding_and_no_attention_mask = lambda *_: None
 
 
-def _freeze_rope(module: nn.Module) -> None:
-    """Within the length that `refuse_unsupported` allows, 'dynamic' and 'longrope' keep their first frequencies, but look on the host."""
-    rope = getattr(module, "rope_type", None)
-    if isinstance(rope, str) and _moves(rope):
-        module.rope_type = "default"
-    elif isinstance(rope, dict):
-        module.rope_type = {layer_type: "default" if _moves(name) else name for layer_type, name in rope.items()}
-
-
-def _moves(rope_type: str) -> bool:
-    return "dynamic" in rope_type or rope_type == "longrope"
-
-
-def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """The rope parameters of the model, or of each of its layer types."""
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in [ropes] if "rope_type" in ropes else ropes.values():
-        if isinstance(rope, dict):
-            yield rope
-
-
 def _windows(config: PreTrainedConfig) -> dict[int, int | None]:
     """Window of each layer as far as the config tells."""
     window = getattr(config, "sliding_window", None)
@@ -248,12 +227,8 @@ def refuse_unsupported(config: PreTrainedConfig, max_context: int, model_class: 
         raise _refusal(config, "layers that share the keys and values of others")
     if other := set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
         raise _refusal(config, f"layers of type {sorted(other)}")
-    for rope in _ropes(config):
-        limits = [rope.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None)]
-        limits.append(getattr(config, "max_position_embeddings", None))
-        kind = rope.get("rope_type", "default")
-        if _moves(kind) and max_context > (limit := min((n for n in limits if n), default=0)):
-            raise _refusal(config, f"{kind!r} rotary scaling changes past {limit} tokens, and up to {max_context} are asked for")
+    if (moving := limit_of(config)) and max_context > moving[0]:
+        raise _refusal(config, f"{moving[1]!r} rotary scaling changes past {moving[0]} tokens, and up to {max_context} are asked for")
     if (table := getattr(config, "n_positions", None)) and max_context > table:
         raise _refusal(config, f"it has {table} positions, and up to {max_context} tokens are asked for")
     with torch.device("meta"):

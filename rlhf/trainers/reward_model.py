@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
     run.console.message(report.summary())
     head = "keep" if "score.weight" in tensor_names(role.path) else "zero"
     run.console.message("the head starts " + ("as the folder holds it" if head == "keep" else "at zero"))
-    run.expect(max(len(side.input_ids) for p in pairs for side in (p.chosen, p.rejected)))  # (collective)
+    run.expect(_longest(pairs), _longest(held_out))  # (collective)
     config = run.config  # with what was left to the memory plan
     role = config.reward_model
     engine = run.train_engine(role, "reward_model", steps, scalar_head=head)
@@ -109,6 +109,10 @@ def train_reward_model(config: Config, world: World, resume: str, cleanup: ExitS
         state = {"sampler": sampler.state_dict()}
         run.end_step(step, metrics, {"reward_model": engine}, state, "reward_model", save, statistics=statistics, timing=timing)
     run.finish()
+
+
+def _longest(pairs: Iterable[PreferencePair]) -> int:
+    return max((len(side.input_ids) for p in pairs for side in (p.chosen, p.rejected)), default=0)
 
 
 def pair_micro_batches(pairs: list[PreferencePair], train: TrainConfig, world: World) -> Any:

@@ -38,8 +38,9 @@ from rlhf.metrics import Console, MetricsLog, PhaseTimer, peak_flops
 from rlhf.models.checkpointing import recompute
 from rlhf.models.compiling import compile_layers
 from rlhf.models.export import export_adapter, export_model, on_host
-from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, score_statistics
+from rlhf.models.loading import load_causal_lm, load_scalar_model, model_dtype, read_architecture, score_statistics
 from rlhf.models.lora import adapter_parameters, add_adapters, weight_layout
+from rlhf.models.rotary import check_length
 from rlhf.models.scoring_head import fuse_head
 from rlhf.preflight import roles
 from rlhf.progress import PROGRESS, Progress
@@ -139,14 +140,18 @@ class Run:
     def settings(self, role: ModelConfig) -> dict[str, Any]:
         return role_settings(self.config, role, world_size=self.world.size, on_gpu=self.on_gpu)
 
-    def expect(self, longest: int) -> None:
-        """The data is known, and with it the plan of the memory and what the recipe leaves to it: `config` is resolved from here on. (collective,
-        where something is left)"""
+    def expect(self, longest: int, held_out: int = 0) -> None:
+        """The data is known, and with it the plan of the memory and what the recipe leaves to it: `config` is resolved from here on. (collective)
+
+        longest, held_out: tokens of the longest row that is trained on, and of others. ValueError where a model would compute them wrongly."""
+        for name, role in roles(self.config):
+            mend = "lower data.max_prompt_tokens or rollout.max_new_tokens" if self.config.task == "rl" else "lower data.max_tokens"
+            check_length(read_architecture(role, name), max(longest, held_out), name, mend)
         self.longest = longest
+        found = self.world.gather_objects((device_capacity(), host_capacity(self.world.local_size)))  # (collective)
+        known = [capacity for capacity, _ in found if capacity is not None]
+        least = min(known) if len(known) == self.world.size else None  # of devices that are not alike every rank plans for the smallest
         if open_choices(self.config):
-            found = self.world.gather_objects((device_capacity(), host_capacity(self.world.local_size)))  # (collective)
-            known = [capacity for capacity, _ in found if capacity is not None]
-            least = min(known) if len(known) == self.world.size else None
             host = min((room for _, room in found if room is not None), default=None)
             values, line = choose(self.config, roles(self.config), self.world.size, least, longest, host)
             if self.world.is_main:
@@ -157,7 +162,7 @@ class Run:
             config = with_values(self.config, values)
             self.config = self.world.broadcast_object(read_budget(config) if self.world.is_main else config)  # (collective)
         try:
-            self.plan = plan_memory(self.config, roles(self.config), self.world.size, longest, self.on_gpu)
+            self.plan = plan_memory(self.config, roles(self.config), self.world.size, longest, self.on_gpu, least)
         except Exception as error:  # a forecast that fails is no reason not to train
             self.console.message(f"no plan of the memory: {error}")
         if self.plan.cache is not None:

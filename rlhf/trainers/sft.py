@@ -40,7 +40,7 @@ def train_sft(config: Config, world: World, resume: str, cleanup: ExitStack) -> 
     run = start_run(config, world, tokenizer, resume, steps, best, cleanup, *rows)
     config = run.config  # with the budget of earlier starts
     run.console.message(report.summary())
-    run.expect(max(len(s.input_ids) for s in sequences))  # (collective)
+    run.expect(*(max((len(s.input_ids) for s in part), default=0) for part in (sequences, held_out)))  # (collective)
     config = run.config  # with what was left to the memory plan
     actor = run.train_engine(config.actor, "actor", steps)
     sampler = DrawSampler(len(sequences), config.seed, config.data.shuffle)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Phi3Config
 
 import rlhf.trainers.run as run_module
 from rlhf.batching import pack
 from rlhf.config import Config
 from rlhf.distributed import World
-from rlhf.memory import GIB
+from rlhf.memory import GIB, lends_weights
 from rlhf.models.forward import inputs_of
 from rlhf.models.scoring_head import logprobs_of
 from rlhf.trainers.probe import fit_budget, fits
@@ -57,6 +58,30 @@ def test_all_ranks_agree(models: Path) -> None:
         assert train.micro_batch == 1 and tried == [512, 256, 128, 64, 64] and written == {"train.micro_batch": 1, "rollout.release": True}
 
 
+def _too_long(world: World, models: str) -> list[str]:
+    """What the run says of rows of 64 and 65 tokens, trained on or held out."""
+    folder = Path(world.broadcast_object(tempfile.mkdtemp()))
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 48, "long_factor": [3.0] * 48}
+    Phi3Config(original_max_position_embeddings=64, rope_parameters=rope, pad_token_id=0).save_pretrained(folder / "phi3")
+    (folder / "phi3" / "model.safetensors").touch()
+    config = rl_config(Path(models), algorithm={"kl": {"coef": 0.1}}, reference={"path": folder / "phi3"}).model_copy(update={"run_dir": folder})
+    run = start_run(config, world, tiny_tokenizer(), "never", 1, Best("", "max"), ExitStack())
+    said = []
+    for lengths in ((64, 64), (65, 0), (3, 65)):
+        try:
+            run.expect(*lengths)
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_rows_that_any_role_would_compute_wrongly_are_refused_before_it_loads(models: Path) -> None:
+    (said,) = run_ranks(_too_long, 1, str(models))
+    assert said[0] == "" and said[1] == said[2]
+    assert said[1].startswith("reference: 'longrope' rotary scaling") and "the longest row has 65: lower data.max_prompt_tokens or" in said[1]
+
+
 def _chosen(world: World, models: str, room: dict[int, float]) -> tuple[Any, list[int], Any]:
     """As `_agree`, where the recipe says `auto`, devices are of room[r] GiB, and 600 tokens are too many for rank 1."""
     folder = Path(world.broadcast_object(tempfile.mkdtemp()))
@@ -92,6 +117,35 @@ def test_ranks_choose_for_the_smallest_and_shrink_what_was_chosen(models: Path) 
             keys = {f"{name}.gradient_checkpointing": checkpointing for name in ("actor", "critic")}
             assert written["chosen"] == {"train.micro_batch_tokens": most, **keys}
             assert config.train.forward_tokens == tried[-1] == written.get("train.micro_batch_tokens", most)
+
+
+def _unlike(world: World, models: str) -> tuple[Any, ...]:
+    """What the ranks go on with where the device of rank 1, and only that, is so small that the plan bounds the KV cache, and it has no room once."""
+    folder = Path(world.broadcast_object(tempfile.mkdtemp()))
+    run_module.device_capacity = lambda: int((80, 2.6)[world.rank] * GIB)
+    sections = {"rollout": {"prompts": 32, "max_new_tokens": 64, "max_batch": 31_250, "memory_fraction": 0.95}, "train": {"micro_batch_tokens": 2048}}
+    half = {name: {"dtype": "bfloat16"} for name in ("actor", "critic", "reference")}
+    config = rl_config(Path(models), 3, sgd=False, **sections, **half).model_copy(update={"run_dir": folder})
+    run = start_run(config, world, tiny_tokenizer(), "never", 1, Best("", "max"), ExitStack())
+    run.expect(128)
+    bounded, tried = run.plan.cache, 0
+
+    def loss(module: Any, lengths: list[int], config: Config) -> Tensor:
+        nonlocal tried
+        tried += 1
+        if world.rank and tried == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything")
+        return next(module.parameters()).sum()
+
+    fit_budget(run, {"actor": loss})
+    return bounded, run.config.rollout.release, run.config.train.micro_batch_tokens, lends_weights(run.config, 2, True)
+
+
+def test_ranks_on_unlike_devices_plan_alike(models: Path) -> None:
+    """Which of the two is given up decides who gathers what, and how many forwards there are: ranks that differ in it would wait for each other."""
+    first, second = run_ranks(_unlike, 2, str(models))
+    assert first == second and first[0] is not None
+    assert first[1:] == (True, 2048, False)
 
 
 def _broken(world: World, models: str) -> bool:
