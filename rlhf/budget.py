@@ -145,7 +145,7 @@ class _Choice:
         return sum(ranks), max(ranks, default=0), len(self.sent)
 
 
-def _sections(config: Config) -> dict[str, str]:
+def sections_of(config: Config) -> dict[str, str]:
     """Where the recipe has the roles that this run loads, by the names that `preflight.roles` gives them."""
     if config.task != "rl":
         name = "reward_model" if config.task == "reward_model" else "actor"
@@ -158,7 +158,7 @@ def _sections(config: Config) -> dict[str, str]:
 
 def open_choices(config: Config) -> list[str]:
     """Keys of what this run computes with that are `auto`."""
-    sections = _sections(config).values()
+    sections = sections_of(config).values()
     keys = [
         TOKENS,
         *[DECODED] * (config.task == "rl"),
@@ -192,7 +192,7 @@ def choose(
     most_decoded = int(WITHOUT_GPU["max_batch"]) if config.deterministic else MOST_DECODED  # whose cache must not be as memory allows
     decoded: dict[str, Value] = {DECODED: min(most_decoded, -(-rows // ranks))} if DECODED in keys else {}
     blank = with_values(config, without | decoded)  # which values the others are does not matter here
-    sections = _sections(config)
+    sections = sections_of(config)
     recomputed = [name for name, section in sections.items() if f"{section}.gradient_checkpointing" in keys]
     movable = [name for name, section in sections.items() if f"{section}.offload" in keys]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from rlhf.budget import choose, open_choices, with_values
+from rlhf.budget import choose, open_choices, sections_of, with_values
 from rlhf.config import (
     Config,
     ModelConfig,
@@ -28,7 +28,7 @@ from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capa
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
-from rlhf.models.loading import load_tokenizer, read_architecture, read_tokenizer
+from rlhf.models.loading import check_weights, load_tokenizer, read_architecture, read_tokenizer
 from rlhf.models.lora import check_adapter
 from rlhf.models.packing import check_packing, check_positions
 from rlhf.rewards.functions import FunctionReward
@@ -50,10 +50,20 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
     """Model folders, DeepSpeed settings and reward functions of every role exist and fit; ValueError names the key and the mend."""
     for name, role in roles(config):
         architecture = read_architecture(role, name)
+        if config.train.packing and role.attention != "sdpa":
+            raise ValueError(
+                f"{name}.attention={role.attention}: packed rows have an attention of their own (torch's varlen_attn on a GPU); leave it out, or set "
+                "train.packing=false"
+            )
         if config.train.packing:
             check_packing(architecture, name, role.trust_remote_code)
-        else:
-            check_positions(_blank(name, role, architecture), name)
+        plain = _blank(name, role, architecture)
+        check_positions(plain, name)
+        if role.path is not None:
+            try:
+                check_weights(plain, role.path, optional=() if _needs_head(config, name, role) else ("score.weight",))
+            except ValueError as error:
+                raise ValueError(f"{sections_of(config)[name]}.path={error}") from None
         if isinstance(role, TrainedModelConfig) and role.lora:
             try:
                 blank_model(role, architecture, name not in ("actor", "reference"), torch.bfloat16)
@@ -97,9 +107,21 @@ def check_data(config: Config, rows: bool = False) -> None:
                 raise ValueError(said.replace("data source ", f"{key}.", 1) if said.startswith("data source ") else f"{key}: {said}") from None
 
 
+def _needs_head(config: Config, name: str, role: ModelConfig) -> bool:
+    """Whether the folder must hold the scalar head."""
+    if name in ("actor", "reference", "reward_model"):
+        return False
+    return config.critic.head == "keep" if name == "critic" else not shares_base(role)
+
+
 def _blank(name: str, role: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
-    """The role's model on the meta device, without adapters."""
-    return blank_model(role.model_copy(update={"lora": None}), architecture, name not in ("actor", "reference"), torch.bfloat16)
+    """The role's model on the meta device, without adapters. ValueError names the key of an attention that there is not."""
+    try:
+        return blank_model(role.model_copy(update={"lora": None}), architecture, name not in ("actor", "reference"), torch.bfloat16)
+    except (ImportError, ValueError) as error:
+        if role.attention in ("sdpa", "eager"):
+            raise
+        raise ValueError(f"{name}.attention={role.attention}: {error}") from None
 
 
 def _check_tokenizers(config: Config) -> None:

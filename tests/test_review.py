@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhf.config import ROOT, LoraConfig, parse_config, role_settings
@@ -159,6 +160,41 @@ def test_a_role_with_another_tokenizer_is_refused(tmp_path: Path, models: Path) 
     config = parse_config(_rl(actor={"path": str(models / "llama")}, critic={"init": "path", "path": str(other)}))
     with pytest.raises(ValueError, match="critic: the tokenizer"):
         check(config, world_size=1, on_gpu=False)
+
+
+def test_weights_that_do_not_fit_are_named_before_any_is_read(tmp_path: Path, models: Path) -> None:
+    """Each by its key: a reward model without a head, a critic that is to keep one, a file that is missing, another shape."""
+    incomplete, wide = (Path(shutil.copytree(models / "llama", tmp_path / name)) for name in ("incomplete", "wide"))
+    tensors = load_file(models / "llama" / "model.safetensors")
+    norm = next(name for name in tensors if name.endswith("norm.weight"))
+    save_file({name: t for name, t in tensors.items() if "layers.1." not in name}, incomplete / "model.safetensors")
+    save_file(tensors | {norm: torch.ones(5)}, wide / "model.safetensors")
+    llama, cases = str(models / "llama"), []
+    cases.append(
+        (r"reward.components.0.model.path=.*llama: no score.weight in it", {"reward": {"components": [{"model": {"path": llama}, "name": "rm"}]}})
+    )
+    cases.append((r"critic.path=.*llama: no score.weight in it", {"critic": {"init": "path", "path": llama, "head": "keep"}}))
+    cases.append(
+        (r"actor.path=.*incomplete: the weights do not fit LlamaForCausalLM: missing \['model.layers.1", {"actor": {"path": str(incomplete)}})
+    )
+    cases.append((r"actor.path=.*wide: .*norm.weight has shape \(5,\), the model needs", {"actor": {"path": str(wide)}}))
+    for said, sections in cases:
+        with pytest.raises(ValueError, match=said):
+            check(parse_config(_rl(actor=sections.pop("actor", {"path": llama}), **sections)), world_size=1, on_gpu=False)
+    check(parse_config(_rl(actor={"path": llama})), world_size=1, on_gpu=False)
+
+
+def test_an_attention_that_there_is_not_is_refused_by_its_key(models: Path) -> None:
+    def asked(name: str, packing: bool) -> None:
+        check(parse_config(_rl(actor={"path": str(models / "llama"), "attention": name}, train={"steps": 2, "packing": packing})), 1, False)
+
+    asked("eager", False)
+    with pytest.raises(ValueError, match=r"actor\.attention=flesh: "):
+        asked("flesh", False)
+    with pytest.raises(ValueError, match=r"actor\.attention=flash_attention_2: .*"):
+        asked("flash_attention_2", False)
+    with pytest.raises(ValueError, match=r"actor\.attention=eager: packed rows have an attention of their own"):
+        asked("eager", True)
 
 
 def test_a_kept_head_speaks_in_the_units_of_the_rewards(models: Path) -> None:

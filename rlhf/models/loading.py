@@ -175,10 +175,10 @@ def tensor_names(path: Path) -> dict[str, Path]:
     return names
 
 
-def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: World, optional: tuple[str, ...]) -> set[str]:
-    """Write every parameter and buffer of the files into the module; returns the names that were found."""
-    assert config.path is not None
-    places = tensor_names(config.path)
+def check_weights(module: nn.Module, path: Path, optional: tuple[str, ...] = ()) -> dict[str, str | None]:
+    """Parameter -> tensor of the folder's files, None for those of `optional` that are not there. ValueError where the files do not fit the module,
+    which may be on the meta device: no tensor is read."""
+    places = tensor_names(path)
     parameters = dict(module.named_parameters())  # tied ones once
     aliases = dict(module.named_parameters(remove_duplicate=False))
     prefix = getattr(module, "base_model_prefix", "") or getattr(module, "body_name", "")
@@ -192,11 +192,26 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
         for k in places
         if k not in used and not k.startswith(ignored) and k not in tied and not k.endswith((".inv_freq", ".masked_bias", ".attn.bias"))
     ]
+    if missing == ["score.weight"] and not left:
+        raise ValueError(f"{path}: no score.weight in it: a language model without the scalar head of a reward model (task: reward_model trains one)")
     if missing or left:
         raise ValueError(
-            f"{config.path}: the weights do not fit {type(module).__name__}: missing {missing[:3]}, not used {left[:3]}. "
-            "Architectures whose checkpoints transformers converts on loading (mixtures of experts, for one) are not supported"
+            f"{path}: the weights do not fit {type(module).__name__}: missing {missing[:3]}, not used {left[:3]}. "
+            "Is a file missing? Architectures whose checkpoints transformers converts on loading (mixtures of experts, for one) are not supported"
         )
+    handles = {file: files.open_tensors(file) for file in set(places.values())}
+    for name, key in keys.items():
+        shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
+        if key is not None and (found := tuple(handles[places[key]].get_slice(key).get_shape())) != shape:
+            raise ValueError(f"{path}: {key} has shape {found}, the model needs {shape}")
+    return keys
+
+
+def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: World, optional: tuple[str, ...]) -> set[str]:
+    """Write every parameter and buffer of the files into the module; returns the names that were found."""
+    assert config.path is not None
+    parameters = dict(module.named_parameters())  # tied ones once
+    keys, places = check_weights(module, config.path, optional), tensor_names(config.path)
     arrived, expected = torch.zeros(len(parameters), dtype=torch.int64), torch.zeros(len(parameters), dtype=torch.int64)
     handles = {file: files.open_tensors(file) for file in set(places.values())}
     for i, (name, parameter) in enumerate(parameters.items()):
@@ -205,9 +220,6 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
             continue
         world.beat()
         whole = handles[places[key]].get_tensor(key).to(parameter.dtype)
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if tuple(whole.shape) != shape:
-            raise ValueError(f"{config.path}: {key} has shape {tuple(whole.shape)}, the model needs {shape}")
         placement.write(parameter, whole)
         if not placement.partitioned or i % world.size == world.rank:
             expected[i] = weighted_bits(whole)

@@ -40,15 +40,7 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     head keeps training whole."""
     torch.manual_seed(seed)
     scalar = isinstance(module, ScalarModel)
-    peft_config = PeftLoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=config.target_modules,
-        exclude_modules=["score"] if scalar else None,
-        modules_to_save=None,
-        task_type=None if scalar else "CAUSAL_LM",
-    )
+    peft_config = _peft_config(config, scalar)
     try:
         # peft would keep adapters in float32; under ZeRO-3 nobody casts them back, and every product would take a float32 copy of its input.
         wrapped: nn.Module = get_peft_model(module, peft_config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
@@ -70,6 +62,18 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
             for part in parts:
                 part.forward = functools.partial(_adapted, part, together=group)  # type: ignore[union-attr]
     return wrapped
+
+
+def _peft_config(config: LoraConfig, scalar: bool) -> PeftLoraConfig:
+    return PeftLoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        exclude_modules=["score"] if scalar else None,
+        modules_to_save=None,
+        task_type=None if scalar else "CAUSAL_LM",
+    )
 
 
 class _Together:
@@ -347,6 +351,8 @@ def check_adapter(folder: Path | None, base: Path, key: str) -> None:
         raise refusal(f"an adapter of type {given.get('peft_type')} on the base {origin}")
     if Path(origin).resolve() != base.resolve():
         raise refusal(f"trained on the base {origin}, but the actor's is {base.resolve()}: on other weights it would score something else")
+    if odd := _beyond_plain(PeftLoraConfig.from_pretrained(str(folder))):
+        raise refusal(f"adapters with {odd} are not supported")
     with files.open_tensors(folder / ADAPTER_WEIGHTS) as file:
         if SCORE not in file.keys():  # noqa: SIM118 (not a mapping)
             raise refusal("an adapter without a scalar head")
@@ -359,17 +365,24 @@ _HARMLESS = {
 }
 
 
+def _plain_config(given: PeftLoraConfig) -> LoraConfig:
+    targets = given.target_modules
+    return LoraConfig(r=given.r, alpha=given.lora_alpha, target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
+
+
+def _beyond_plain(given: PeftLoraConfig) -> str:
+    """What adapters have that plain LoRA has not."""
+    ours, theirs = _peft_config(_plain_config(given), scalar=True).to_dict(), given.to_dict()
+    return ", ".join(f"{name}={value}" for name, value in theirs.items() if name not in _HARMLESS and value != ours.get(name))
+
+
 def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
     """The reward model of `folder` (see `check_adapter`) on the body of `module`. ValueError if it does not fit or is more than plain LoRA."""
     files.read_object(folder / ADAPTER_CONFIG)  # or it is refused
     given = PeftLoraConfig.from_pretrained(str(folder))
-    targets = given.target_modules
-    config = LoraConfig(r=given.r, alpha=given.lora_alpha, target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
-    wrapped = add_adapters(module, config, seed=0)
-    ours, theirs = wrapped.peft_config["default"].to_dict(), given.to_dict()  # type: ignore[index,union-attr]
-    odd = [f"{name}={value}" for name, value in theirs.items() if name not in _HARMLESS and value != ours.get(name)]
-    if odd:
-        raise ValueError(f"{folder}: adapters with {', '.join(odd)} are not supported")
+    if odd := _beyond_plain(given):
+        raise ValueError(f"{folder}: adapters with {odd} are not supported")
+    wrapped = add_adapters(module, _plain_config(given), seed=0)
     parameters, tensors = adapter_parameters(wrapped), files.read_tensors(folder / ADAPTER_WEIGHTS)
     if wrong := {(n, p.shape) for n, p in parameters.items()} ^ {(n, t.shape) for n, t in tensors.items()}:
         raise ValueError(f"{folder}: the adapters do not fit the base: {sorted(name for name, _ in wrong)[:3]}")

@@ -357,4 +357,6 @@ def test_reward_models_that_are_not_adapters_on_this_base_are_refused(models: Pa
     for entries, message in (({"use_rslora": True}, "use_rslora=True are not supported"), ({"rank_pattern": {"q_proj": 1}}, "rank_pattern=")):
         folder = changed(reward, tmp_path / next(iter(entries)), **entries)
         with pytest.raises(ValueError, match=message):
+            check_adapter(folder, models / "llama", "reward.components.0.model")
+        with pytest.raises(ValueError, match=message):
             load_adapter(scalar(models, single_world()), folder)

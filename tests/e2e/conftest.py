@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -116,8 +117,7 @@ def make_ground(folder: Path) -> None:
     folder.mkdir()
     make_model(folder / "base")
     make_model(folder / "ends", eos_by_prompt=True)
-    unread = make_model(folder / "unreadable")  # whoever loads this model finds no weights
-    (unread / "model.safetensors").write_bytes(b"not a tensor")
+    make_unreadable(make_model(folder / "unreadable"))
     write_jsonl(folder / "rows.jsonl", reversal_rows(400))
     write_jsonl(folder / "held_out.jsonl", reversal_rows(100, seed=1))
     write_jsonl(folder / "pairs.jsonl", preference_rows(400))
@@ -129,6 +129,20 @@ def make_ground(folder: Path) -> None:
     (folder / "python").mkdir()
     (folder / "python" / "e2e_rewards.py").write_text(REWARDS)
     (folder / "python" / "e2e_broken_rank.py").write_text(BROKEN_RANK)
+
+
+def make_unreadable(model: Path) -> None:
+    """The same names and shapes, of a type that torch does not know: whoever reads a weight fails."""
+    import json
+
+    file = model / "model.safetensors"
+    header, size, sixes = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")]), 0, {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            end = size + math.prod(entry["shape"]) * 6 // 8
+            sixes[name], size = {"dtype": "F6_E2M3", "shape": entry["shape"], "data_offsets": [size, end]}, end
+    text = json.dumps(sixes).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
 
 
 def _bytes(row: Any) -> bytes:
