@@ -778,6 +778,32 @@ _REFUSED = {
     "pipeline": "pipeline parallelism is not supported",
     "torch_autocast": "the rollout and the fused kernels compute in the model's own dtype: set actor.dtype",
     "compression_training": "not supported",
+    "sequence_parallel_size": "sequence parallelism is not supported",
+    "tensor_parallel": "tensor parallelism is not supported",
+}
+# Names that DeepSpeed's `zero_optimization` takes beside those that are looked at here.
+_RENAMED = {
+    **{
+        name: f"stage3_{name}"
+        for name in (
+            *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
+            *("gather_16bit_weights_on_model_save", "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
+        )
+    },
+    "cpu_offload": 'offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": 'offload_param": {"device": "cpu"}',
+}
+# What DeepSpeed 0.19.8 looks for at the top level; anything else it passes over without a word.
+_TOP_LEVEL = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation", "gradient_clipping"),
+    *("gradient_predivide_factor", "gradient_allreduce_op", "prescale_gradients", "sparse_gradients", "optimizer", "scheduler", "legacy_fusion"),
+    *("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types", "communication_data_type", "seq_parallel_communication_data_type"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "hybrid_engine", "compile"),
+    *("comms_logger", "flops_profiler", "monitor_config", "tensorboard", "wandb", "comet", "csv_monitor", "timers", "wall_clock_breakdown"),
+    *("memory_breakdown", "steps_per_print", "dump_state", "log_level", "disable_allgather", "disable_python_gc", "dataloader_drop_last"),
+    *("checkpoint", "nebula", "elasticity", "autotuning", "compression_training", "weight_quantization", "data_efficiency", "curriculum_learning"),
+    *("sparse_attention", "tensor_parallel", "sequence_parallel_size", "expert_parallel", "pipeline", "aio", "vocabulary_size"),
+    *("use_data_before_expert_parallelism", "use_node_local_storage"),
 }
 
 
@@ -838,9 +864,13 @@ def resolve_deepspeed(
     """
     tree, origin = read_deepspeed(source)
     tree.pop("hybrid_engine", None)  # `hybrid_engine_words` has read it; DeepSpeed's own engine never sees it
+    for key in tree.keys() - _TOP_LEVEL:
+        if close := difflib.get_close_matches(key, _TOP_LEVEL, 1, 0.86):
+            raise ValueError(f"{origin}: unknown key `{key}`; did you mean `{close[0]}`?")
     for key, mend in _REFUSED.items():
         block = tree.pop(key, None)
-        if block not in (None, "auto", {}, False) and not (isinstance(block, dict) and block.get("enabled") in (False, "auto")):
+        idle = isinstance(block, dict) and (block.get("enabled") in (False, "auto") or block.get("autotp_size") in (0, 1, "auto"))
+        if block not in (None, "auto", {}, 0, 1) and not idle:  # False is 0
             raise ValueError(f"{origin}: `{key}`: {mend}")
 
     def own(key: str, value: Any, ours: str) -> None:
@@ -864,12 +894,21 @@ def resolve_deepspeed(
     enabled = bf16.get("enabled", "auto")
     if enabled != "auto" and bool(enabled) != (dtype == "bfloat16"):
         raise ValueError(f'{origin}: `bf16.enabled` is {enabled} but the model dtype is {dtype}; write "auto" there, or set the role\'s dtype')
+    if bf16.get("check_grad_overflow", True) in (False, None):
+        raise ValueError(f"{origin}: `bf16.check_grad_overflow`: a gradient that is not finite would go into the weights; remove it")
     tree["bf16"] = {**bf16, "enabled": dtype == "bfloat16"}
     accumulate = tree.setdefault("data_types", {}).get("grad_accum_dtype", "auto")
     if accumulate not in ("auto", "fp32"):
         raise ValueError(f'{origin}: `data_types.grad_accum_dtype` is {accumulate!r}: gradients are accumulated in fp32 (trap 32); write "auto"')
     tree["data_types"]["grad_accum_dtype"] = "fp32"
     zero = tree.setdefault("zero_optimization", {})
+    for key, name in _RENAMED.items():
+        if key in zero:
+            raise ValueError(f'{origin}: `zero_optimization.{key}`: write "{name}"')
+    if zero.get("zenflow") not in (None, "auto"):
+        raise ValueError(f"{origin}: `zero_optimization.zenflow` is not supported; remove it")
+    if isinstance(compiled := tree.get("compile"), dict) and compiled.get("deepcompile") not in (None, "auto", False):
+        raise ValueError(f"{origin}: `compile.deepcompile` is not supported: set actor.compile")
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{origin}: `zero_optimization.stage` is {stage!r}; 0, 1, 2 or 3")

@@ -160,7 +160,7 @@ def _clear_abandoned_builds() -> None:
     """DeepSpeed compiles an operator at its first start on a CPU, behind a lock file that a killed process leaves there: every later
     start would wait for it for ever, without a word. A builder keeps its lock file open, so one that nobody has open is abandoned."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root()
-    for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
+    for lock in Path(root).glob("**/lock"):
         if _nobody_has_open(lock):
             time.sleep(0.2)  # a builder that is done closes its lock file, and then removes it
             if lock.exists() and _nobody_has_open(lock):
@@ -571,9 +571,11 @@ class TrainEngine:
             if zero.get("reduce_scatter", True):
                 zero.setdefault("contiguous_gradients", False)  # gradients that are reduced together are put together for that anyway
         zero["reduce_bucket_size"] = bucket_size(zero, [getattr(p, "ds_numel", p.numel()) for _, p in trainable])
-        self._engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=[p for _, p in trainable], optimizer=None if "optimizer" in settings else self._adamw, config=settings
+        parameters = [p for _, p in trainable]
+        given = (
+            {"model_parameters": self._groups(parameters)} if "optimizer" in settings else {"model_parameters": parameters, "optimizer": self._adamw}
         )
+        self._engine, *_ = deepspeed.initialize(model=module, config=settings, **given)
         self.module: nn.Module = self._engine.module
         # DeepSpeed walks through all modules twice in every forward.
         self.module.modules = functools.partial(_modules, self.module, list(self.module.modules()))  # type: ignore[method-assign]
@@ -607,15 +609,18 @@ class TrainEngine:
         return self._offloaded.at_hand() if self._offloaded else contextlib.nullcontext()
 
     def _adamw(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), no decay on one-dimensional weights."""
+        """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
         c = self.config
+        return torch.optim.AdamW(self._groups(parameters), lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=self.world.device.type == "cuda")
+
+    def _groups(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """For any optimizer: no decay on one-dimensional weights."""
         shapes = [(p, len(getattr(p, "ds_shape", p.shape))) for p in parameters]
         groups = [
-            {"params": [p for p, d in shapes if d >= 2], "weight_decay": c.weight_decay},
+            {"params": [p for p, d in shapes if d >= 2], "weight_decay": self.config.weight_decay},
             {"params": [p for p, d in shapes if d < 2], "weight_decay": 0.0},
         ]
-        groups = [g for g in groups if g["params"]]
-        return torch.optim.AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=self.world.device.type == "cuda")
+        return [g for g in groups if g["params"]]
 
     def _norm_at_stage_0(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -685,7 +690,12 @@ class TrainEngine:
         self._window_open = False
         norm = self._norm0 if self.stage == 0 else self._engine.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
-        return StepResult(norm, rate, applied=math.isfinite(norm))
+        applied = math.isfinite(norm)
+        if not applied and self.stage in (1, 2) and getattr(self._engine.optimizer, "cpu_offload", False):
+            # DeepSpeed 0.19.8 drops what it has summed up only where it lies on the device: what is not finite would stay in every later sum.
+            sums = self._engine.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
+        return StepResult(norm, rate, applied)
 
     @torch.no_grad()
     def replicated(self) -> dict[str, Any]:

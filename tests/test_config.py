@@ -292,6 +292,20 @@ def test_trap_32_bf16_accumulation_is_refused() -> None:
         ({"gradient_clipping": 1.0}, r"`gradient_clipping` is 1.0 but max_grad_norm is 0.5"),
         ({"bf16": {"enabled": True}}, r"`bf16.enabled` is True but the model dtype is float32"),
         ({"bf16": True}, r"`bf16` must be an object"),
+        ({"bf16": {"check_grad_overflow": False}}, r"`bf16.check_grad_overflow`: a gradient that is not finite would go into the weights; remove it"),
+        ({"zero_optimisation": {"stage": 2}}, r"unknown key `zero_optimisation`; did you mean `zero_optimization`\?"),
+        ({"tensor_parallel": {"autotp_size": 2}}, r"`tensor_parallel`: tensor parallelism is not supported"),
+        ({"sequence_parallel_size": 2}, r"`sequence_parallel_size`: sequence parallelism is not supported"),
+        ({"compile": {"deepcompile": True}}, r"`compile.deepcompile` is not supported: set actor.compile"),
+        ({"zero_optimization": {"stage": 3, "zenflow": {"topk_ratio": 0.1}}}, r"`zero_optimization.zenflow` is not supported; remove it"),
+        (
+            {"zero_optimization": {"stage": 3, "module_granularity_threshold": 9}},
+            r'`zero_optimization.module_granularity_threshold`: write "stage3_module_granularity_threshold"',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            r'`zero_optimization.cpu_offload`: write "offload_optimizer": \{"device": "cpu"\}',
+        ),
         ({"fp16": {"enabled": True}}, r"`fp16`: fp16 loss scaling is not supported: use bf16 or fp32"),
         ({"torch_autocast": {"enabled": True}}, r"`torch_autocast`: the rollout and the fused kernels compute in the model's own dtype"),
         ({"scheduler": {"type": "WarmupLR"}}, r"`scheduler`: schedules are set in the recipe: actor.schedule"),
@@ -311,6 +325,7 @@ def test_contradictions_are_refused(tree: dict[str, Any], message: str) -> None:
 
 def test_numbers_that_agree_are_fine() -> None:
     resolve({"train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "gradient_clipping": 0.5, "fp16": {"enabled": False}, "scheduler": "auto"})
+    resolve({"tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 1, "compile": {"deepcompile": False}, "comment": "of ours"})
 
 
 def test_frozen_models_run_at_stage_3_or_0() -> None:

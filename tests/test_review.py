@@ -197,6 +197,21 @@ def test_an_attention_that_there_is_not_is_refused_by_its_key(models: Path) -> N
         asked("eager", True)
 
 
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": 2, "overlap_com": True}, "`zero_optimization.overlap_com`: unknown key; did you mean `overlap_comm`?"),
+        ({"stage": 2, "reduce_bucket_size": "many"}, "`zero_optimization.reduce_bucket_size`: Input should be a valid integer"),
+        ({"stage": 3, "offload_param": {"device": "gpu"}}, "`zero_optimization.offload_param.device`: Input should be 'none', 'cpu'"),
+    ],
+)
+def test_what_deepspeed_would_refuse_with_models_loaded_is_refused_before(models: Path, tmp_path: Path, zero: dict[str, Any], said: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ValueError, match=re.escape(f"{file}: {said}")):
+        check(parse_config(_rl(actor={"path": str(models / "llama")}, deepspeed=str(file))), 1, False)
+
+
 def test_a_kept_head_speaks_in_the_units_of_the_rewards(models: Path) -> None:
     body = AutoModel.from_pretrained(models / "llama")
     model = ScalarModel(body, body.config.hidden_size)
@@ -214,10 +229,11 @@ def test_a_bfloat16_head_keeps_more_than_eight_bits(models: Path) -> None:
     assert scores.dtype == torch.float32 and bool((scores != scores.bfloat16().float()).any())
 
 
+@pytest.mark.parametrize("operator", ["deepspeed_shm_comm", "fused_adam"])
 @pytest.mark.parametrize("abandoned", [False, True])
-def test_only_an_abandoned_lock_is_removed(abandoned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_an_abandoned_lock_is_removed(abandoned: bool, operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A builder that is done closes its lock file before it removes it, and another may take it at once."""
-    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock = tmp_path / operator / "lock"
     lock.parent.mkdir()
     lock.touch()
     taken: list[Any] = []

@@ -103,6 +103,49 @@ def train(engine: TrainEngine, world: World, steps: int = 1) -> list[float]:
     return norms
 
 
+def after_nan(world: World, models: Path, stage: int, offload: bool) -> tuple[list[float], list[bool]]:
+    """(norms of two steps, of one with an infinite loss, and of two more; whether each was applied)."""
+    block: dict[str, Any] = {"zero_optimization": {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})}
+    config = TrainedModelConfig(path=models / "llama", dtype="bfloat16", learning_rate=1e-3)
+    resolved = resolve_deepspeed(block, dtype="bfloat16", trained=True, micro_batch=1, world_size=world.size, max_grad_norm=1.0, on_gpu=False)
+    module = load_causal_lm(config, "actor", loading_context(resolved, world), world, torch.bfloat16)
+    engine = TrainEngine(module, config, resolved, world, 10, 0, "actor")
+    results = []
+    for factor in (1.0, 1.0, math.inf, 1.0, 1.0):
+        engine.backward(forward(engine, IDS[2 * world.rank : 2 * world.rank + 2]).float().square().mean() * factor, 1.0)
+        results.append(engine.step())
+    return [r.grad_norm for r in results], [r.applied for r in results]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_that_is_skipped_leaves_nothing_behind_on_the_host(models: Path, stage: int) -> None:
+    """With `offload_optimizer` DeepSpeed kept the sum that was not finite, and no later step was ever applied."""
+    (plain, _), (found, applied) = (run_ranks(after_nan, 2, models, stage, offload)[0] for offload in (False, True))
+    assert applied == [True, True, False, True, True]
+    assert found[:2] + found[3:] == pytest.approx(plain[:2] + plain[3:], rel=1e-3)
+
+
+def left_by_decay(world: World, models: Path, optimizer: dict[str, Any]) -> dict[str, float]:
+    """What a step without a gradient leaves of each weight: decay 0.5 at a rate of 0.1."""
+    config = TrainedModelConfig(path=models / "llama", dtype="float32", learning_rate=0.1, weight_decay=0.5)
+    tree = {"zero_optimization": {"stage": 2}, **optimizer}
+    resolved = resolve_deepspeed(tree, dtype="float32", trained=True, micro_batch=1, world_size=1, max_grad_norm=1.0, on_gpu=False)
+    module = load_causal_lm(config, "actor", loading_context(resolved, world), world, torch.float32)
+    engine = TrainEngine(module, config, resolved, world, 10, 0, "actor")
+    before = weights(engine)
+    engine.backward(forward(engine, IDS[:2]).sum() * 0.0, 1.0)
+    engine.step()
+    return {name: float(after.norm() / before[name].norm()) for name, after in weights(engine).items()}
+
+
+def test_norms_and_biases_do_not_decay_whatever_the_optimizer(models: Path) -> None:
+    block = {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5, "torch_adam": True}}}
+    own, given = (run_ranks(left_by_decay, 1, models, optimizer)[0] for optimizer in ({}, block))
+    assert own == pytest.approx(given, rel=1e-4)
+    assert {name for name, left in own.items() if left == pytest.approx(1.0)} == {name for name in own if "norm" in name or "bias" in name}
+    assert own["model.embed_tokens.weight"] == pytest.approx(0.95, rel=1e-3)
+
+
 # ---- gradients
 
 
