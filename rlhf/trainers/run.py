@@ -214,6 +214,9 @@ class Run:
         if self.state["part"] and self.state.get("data", self.data) != self.data:
             self.state["part"] = 0  # its prompts are gone
             done = f"what step {step + 1} had finished was of other rows: it begins anew"
+        elif self.state["part"] and (other := _of_the_step(self.state.get("recipe", self._kept_recipe), self._kept_recipe)):
+            self.state["part"] = 0  # what is kept of it is of another plan
+            done = f"what step {step + 1} had finished was with another {other}: it begins anew"
         elif self.state["part"]:
             done = f"going on inside of step {step + 1}"
         else:
@@ -569,6 +572,20 @@ def _digest(rows: Iterable[list[int]]) -> dict[str, Any]:
         digest.update(np.array([len(ids), *ids]).tobytes())
         count += 1
     return {"rows": count, "sha256": digest.hexdigest()}
+
+
+# What a step that goes on in its middle may have otherwise: where its memory is, and how prompts come to the ranks.
+_FREE = {"rollout." + name for name in ("max_batch", "cache_tokens", "memory_fraction", "prefill_tokens", "release", "balance")}
+_FREE |= {"reward." + name for name in ("workers", "timeout", "while_decoding")}
+
+
+def _of_the_step(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first key that a step which is half done cannot have otherwise: its rows, their scores, or what is learnt from them."""
+    for change in changes(before, now):
+        key = change.split(": ", 1)[0]
+        if key in ("seed", "reference.path") or (key.split(".")[0] in ("rollout", "reward", "algorithm") and key not in _FREE):
+            return key
+    return None
 
 
 def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:

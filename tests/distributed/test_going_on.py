@@ -36,8 +36,8 @@ def started(world: World, models: Path, task: str, words: list[int], changes: di
         "deepspeed": deepspeed_block(2, sgd=False),
         ROLES[task]: {"path": models / "llama", "dtype": "float32", **changes.get("role", {})},
         "reward": {"components": [{"function": "exact_match"}]} if task == "rl" else {},
-        "algorithm": {"name": "grpo"},
-        "rollout": {"prompts": 2, "group_size": 2, "max_new_tokens": 3},
+        "algorithm": {"name": "grpo", **changes.get("algorithm", {})},
+        "rollout": {"prompts": 2, "group_size": 2, "max_new_tokens": 3, **changes.get("rollout", {})},
         "data": {"train": [{"path": write_jsonl(folder / "rows.jsonl", rows(*words))}], **changes.get("data", {})},
         "train": {"steps": changes.get("steps", 1), "micro_batch": 2, **({} if task == "rl" else {"batch": 2})},
         "checkpoint": {"every": 1, "save_hf": False},
@@ -109,3 +109,24 @@ def test_a_step_that_had_begun_with_other_rows_begins_anew(models: Path) -> None
     assert line["step"] == 2 and line["prompt_length/mean"] == 3  # the rollout that was thrown away has prompts of two tokens
     samples = [json.loads(line)["prompt"] for line in (folder / "samples" / "training-000002.jsonl").read_text().splitlines()]
     assert samples == ["w22 w9 w4"] * 2 + ["w23 w9 w4"] * 2
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("rollout", "prompts", 1), ("rollout", "prompts", 3), ("algorithm", "minibatches", 4), ("rollout", "max_batch", 1)]
+)
+def test_a_step_that_had_begun_by_another_plan_begins_anew(models: Path, section: str, key: str, value: int) -> None:
+    """One of its two updates is done: with other prompts or minibatches it would train some rows twice or never, or look for rows that there are
+    not. How many are decoded at once makes no difference, and the step goes on."""
+    folder, run = models.parent / "going-on-rl" / f"plan-{key}-{value}", f"plan-{key}-{value}"
+    changes: dict[str, Any] = {"steps": 2, "run": run, "algorithm": {"minibatches": 2}}
+    start(models, "rl", [5, 6, 8, 11], asked=4, **changes)
+    left = (folder / "checkpoints" / "latest").resolve().name
+    assert left.startswith("checkpoint-0+"), left
+    said, refusal = start(models, "rl", [5, 6, 8, 11], **(changes | {section: {**changes.get(section, {}), key: value}}))
+    assert not refusal and state(folder)["step"] == 2
+    if key == "max_batch":
+        assert "going on inside of step 1" in said
+    else:
+        assert f"what step 1 had finished was with another {section}.{key}: it begins anew" in said
+        rows = 2 * (value if key == "prompts" else 2)
+        assert len((folder / "samples" / "training-000001.jsonl").read_text().splitlines()) == rows
