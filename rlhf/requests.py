@@ -1,6 +1,7 @@
 """What a running job may be asked from outside: to save, or to save and leave. Asked of any rank, done by all at their next common boundary.
 
-    SIGTERM, SIGUSR1 to any rank; RUN_DIR/stop, $RLHF_CONTROL/stop; a limit of time; a launcher that is gone: save and leave with exit code 75
+    SIGTERM, SIGUSR1, SIGINT (Ctrl-C; twice: at once) to any rank; RUN_DIR/stop, $RLHF_CONTROL/stop; a limit of time; a launcher that is gone:
+        save and leave with exit code 75
     RUN_DIR/save; SIGRTMIN to any rank: save, and go on
 
 Handlers only take note: DeepSpeed's launcher signals its ranks one after another, each once the one before has ended, so that a handler that saves
@@ -42,7 +43,7 @@ class Requests:
         self._control = Path(control) if control and is_main else None
         self._files = {run_dir / "save": SAVE, run_dir / "stop": STOP} if run_dir and is_main else {}
         self._run_dir = run_dir
-        self._saving = self._stopping = False
+        self._saving = self._stopping = self._interrupted = False
         self.reason: str | None = None
         self._limit = max_time if is_main else None
         self._polled: float | None = None
@@ -52,8 +53,9 @@ class Requests:
         self.leaving = False  # together with all ranks: everything is saved
 
     def __enter__(self) -> Requests:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGRTMIN):
-            self._before[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGRTMIN, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell has SIGINT ignored in what it puts into the background
+                self._before[number] = signal.signal(number, self._handle)
         if self._control and self._run_dir:
             (self._control / "run_dir").write_text(str(self._run_dir.resolve()))
         self._heard, write = os.pipe()
@@ -72,6 +74,9 @@ class Requests:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self._ask(SAVE if number == signal.SIGRTMIN else STOP, signal.Signals(number).name)
 
     def _ask(self, what: int, reason: str) -> None:

@@ -17,7 +17,10 @@ from rlhf.trainers.run import take_folder
 from train_rlhf import seconds
 
 
-@pytest.mark.parametrize(("number", "asked"), [(signal.SIGTERM, [STOP, STOP]), (signal.SIGUSR1, [STOP, STOP]), (signal.SIGRTMIN, [SAVE, 0])])
+@pytest.mark.parametrize(
+    ("number", "asked"),
+    [(signal.SIGTERM, [STOP, STOP]), (signal.SIGUSR1, [STOP, STOP]), (signal.SIGINT, [STOP, STOP]), (signal.SIGRTMIN, [SAVE, 0])],
+)
 def test_signals(tmp_path: Path, number: signal.Signals, asked: list[int]) -> None:
     before = signal.getsignal(number)
     with Requests(tmp_path) as found:
@@ -26,6 +29,23 @@ def test_signals(tmp_path: Path, number: signal.Signals, asked: list[int]) -> No
         assert [found.poll(), found.poll()] == asked
         assert asked[0] == SAVE or found.reason == number.name
     assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_is_pythons_own(tmp_path: Path) -> None:
+    with Requests(tmp_path), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_that_the_shell_has_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Requests(tmp_path) as found:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert found.poll() == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_files_of_this_run_and_none_of_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
