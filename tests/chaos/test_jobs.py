@@ -27,9 +27,8 @@ PHASES = {
     "save": "save_checkpoint-2",
     "validation": "testing-2",
 }
-QUICK = (signal.SIGTERM, "last rank", "loading")
 SIGNALS = [
-    pytest.param(number, target, phase, marks=[] if (number, target, phase) == QUICK else pytest.mark.slow)
+    pytest.param(number, target, phase, marks=pytest.mark.slow)
     for number in (signal.SIGTERM, signal.SIGUSR1)
     for target in ("rank 0", "last rank", "all ranks", "supervisor")
     for phase in PHASES

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf.models.compiling as compiling_module
@@ -86,6 +87,7 @@ def step_on_ranks(
     held, run = open_models(config, world)
     before = {name: weights(engine) for name, engine in held.engines.items()}
     update(held, run, experience_of(held, run, *data()))
+    assert (counters["stats"]["unique_graphs"] > 0) == (backend is not None)
     after = {name: weights(engine) for name, engine in held.engines.items()}
     return {name: {n: after[name][n] - before[name][n] for n in before[name]} for name in before}
 
@@ -147,6 +149,8 @@ def met(cases: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
 def test_every_pair_of_values_meets() -> None:
     values = [ALGORITHMS, (1, 2), range(4), (1, 3, 8), (1, 3), FORWARDS, HEADS, (False, True, "mlp")]
     assert met(PAIRWISE) == met(list(itertools.product(*values)))
+    quick = [case for case in COMPILED if type(case) is tuple]
+    assert all({case[i] for case in quick} == set(values[i]) for i in (0, 1, 5, 6, 7))
 
 
 @pytest.mark.parametrize(("algorithm", "ranks", "stage", "micro_batch", "minibatches", "forwards", "head", "checkpointing"), PAIRWISE)
@@ -157,11 +161,11 @@ def test_gradient_is_the_same_pairwise(
     assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, head, checkpointing)
 
 
-# As above, with compiled layers in all models.
+# As above, with compiled layers in all models: the quick ones meet every kind of forward, head and checkpointing (those above are not compiled).
 COMPILED = [
     ("dr_grpo", 2, 3, 8, 1, "packed", "chunks", "mlp"),
-    pytest.param("ppo", 1, 0, 15, 1, "padded", "logits", False, marks=pytest.mark.slow),
-    pytest.param("grpo", 1, 0, 15, 1, "tokens", "one chunk", True, marks=pytest.mark.slow),
+    ("ppo", 1, 0, 15, 1, "padded", "logits", False),
+    ("grpo", 1, 0, 15, 1, "tokens", "one chunk", True),
     pytest.param("ppo", 2, 3, 3, 1, "packed", "chunks", False, marks=pytest.mark.slow),
     pytest.param("ppo", 2, 2, 8, 3, "tokens", "logits", "mlp", marks=pytest.mark.slow),
     pytest.param("grpo", 2, 3, 3, 3, "tokens", "one chunk", True, marks=pytest.mark.slow),
