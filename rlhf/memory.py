@@ -36,6 +36,7 @@ from rlhf.models.fused import FAMILIES, fuse
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import read_architecture
 from rlhf.models.lora import add_adapters, kept_whole
+from rlhf.models.scoring_head import has_plain_head
 from rlhf.offload import PART, SLOTS
 from rlhf.ops.head import CHUNK_BYTES
 from rlhf.rollout import EngineSettings
@@ -256,7 +257,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
             mlp=saved["mlp"],
             norm=norm_per_token(shape.hidden, 1, size, fused, lora is None),
             checkpointing=isinstance(role, TrainedModelConfig) and role.recomputed,
-            chunked=text.model_type in FAMILIES,
+            chunked=has_plain_head(text),
             head_trains=lora is None,
             copies=size * 3.0 * shape.inner * (shape.hidden + 2 * lora.r) if lora and one_mlp else 0.0,
         ),

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from rlhf.batching import MicroBatchPlan, collate
 from rlhf.models.forward import response_logprobs
-from rlhf.models.packing import pack_attention
-from rlhf.models.scoring_head import fuse_head
+from rlhf.models.loading import without_dropout
+from rlhf.models.packing import check_packing, pack_attention
+from rlhf.models.scoring_head import FAMILIES, fuse_head
 from rlhf.ops import head
 from rlhf.ops.head import _chunks, _gradient, _statistics, score_tokens
 from rlhf.ops.logprobs import token_logprobs
@@ -146,6 +147,39 @@ def test_response_logprobs_through_the_head(family: str, packing: bool, entropy_
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_heads_of_all_families_answer_as_their_logits(family: str) -> None:
+    """Values and gradients, from rows side by side in one forward; and that it is the head which answers."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # Some families call them otherwise, and keep their own.
+    more = {"vocab_size": 97, "num_key_value_heads": 4, "head_dim": 12, "max_position_embeddings": 64, "intermediate_size": 80, "ffn_dim": 80}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "word_embed_proj_dim": 48, "use_cache": False}
+    part = {"partial_rotary_factor": 0.5} if family == "stablelm" else {}
+    config = CONFIG_MAPPING[family](**sizes, **more, **ends, **part)
+    without_dropout(config)
+    check_packing(config, "actor")
+    batch = collate(
+        torch.randint(3, 97, (2, 9)), torch.tensor([4, 2]), torch.tensor([3, 5]), torch.ones(2, 5) > 0, MicroBatchPlan([0, 1]), packing=True
+    )
+    found, asked = [], []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+        pack_attention(model)
+        if fused:
+            assert fuse_head(model)
+            model.get_output_embeddings().register_forward_hook(lambda module, given, out: asked.append(out.shape[-1]))
+        logprobs, entropy = response_logprobs(model, batch, 0.9, entropy_gradient=True)
+        (logprobs * batch.mask).sum().add((entropy * batch.mask).sum()).backward()
+        found.append((logprobs.detach()[batch.mask], entropy.detach()[batch.mask], *(q.grad for q in model.parameters() if q.grad is not None)))
+    assert asked == [2]  # logprob and entropy, no logits
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-3)
+
+
 def test_a_forward_without_tokens_has_gradients_of_zero() -> None:
     x, w = torch.zeros(0, H, requires_grad=True), random(V, H, seed=1).requires_grad_()
     score_tokens(x, w, torch.zeros(0, dtype=torch.int64))[0].sum().backward()
@@ -170,6 +204,9 @@ def test_heads_that_are_more_than_a_product_stay() -> None:
     model.config.model_type = "cohere"  # scales its logits
     assert not fuse_head(model)
     model.config.model_type = "llama"
+    model.config.final_logit_softcapping = 30.0
+    assert not fuse_head(model)
+    model.config.final_logit_softcapping = None
     model.lm_head = torch.nn.Linear(16, V, bias=True)
     assert not fuse_head(model)
 

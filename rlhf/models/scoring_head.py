@@ -11,12 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.ops.head import score_tokens
 from rlhf.ops.logprobs import token_logprobs
 
 # Families whose logits are what the head returns, with nothing behind it.
-_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral", "ministral3", "phi3", "olmo", "olmo2", "olmo3", "smollm3", "ernie4_5", "seed_oss", "glm4", "gemma3_text"),
+    *("starcoder2", "stablelm", "nemotron", "exaone4", "arcee", "helium", "gpt2", "gpt_neox", "opt"),
+)
+_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")  # what comes behind the head in others
+
+
+def has_plain_head(config: PretrainedConfig) -> bool:
+    """Whether logits are hidden states times the head's weight."""
+    return config.model_type in FAMILIES and not any(getattr(config, name, None) for name in _SCALES)
 
 
 @dataclass
@@ -38,9 +48,9 @@ _latest = _Latest()
 
 def fuse_head(model: nn.Module) -> bool:
     """From here on the model's head scores tokens where `logprobs_of` asks it to. False, and nothing has changed, where it would not be right."""
-    head = getattr(model, "lm_head", None)
     config = getattr(model, "config", None)
-    if config is None or config.model_type not in _FAMILIES or type(head) is not nn.Linear or head.bias is not None:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if config is None or not has_plain_head(config) or type(head) is not nn.Linear or head.bias is not None:
         return False
     plain = head.forward
 
