@@ -395,16 +395,17 @@ class AlgorithmConfig(Section):
 
 
 class TrainConfig(Section):
-    """Batch arithmetic. rl: `steps` rollouts, `micro_batch` rows per forward. sft, reward_model: `batch` rows per optimizer step."""
+    """Batch arithmetic. rl: `steps` rollouts. sft, reward_model: `batch` rows per optimizer step. Forwards have as many tokens as there is room for
+    (`micro_batch_tokens: auto`) unless `micro_batch` or `micro_batch_tokens` is given."""
 
     steps: int | None = Field(None, ge=1, description="rl: rollout steps; sft, reward_model: optimizer steps (instead of epochs)")
     epochs: int = Field(1, ge=1, description="sft, reward_model: passes over the data, where `steps` is not given")
     batch: int = Field(64, ge=1, description="sft, reward_model: rows (pairs) per optimizer step over all ranks")
-    micro_batch: int = Field(8, ge=1, description="rows per forward on a rank (pairs for reward_model)")
+    micro_batch: int = Field(8, ge=1, description="rows per forward on a rank (pairs for reward_model), where it is not planned by tokens")
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
         description="tokens per forward on a rank instead of rows: forwards of equal length, as few as will do; needs packing. auto: as many as "
-        "the memory plan has room for, 16,384 without a GPU",
+        "the memory plan has room for, 16,384 without a GPU; so it is where rows are packed and neither this nor micro_batch is given",
     )
     bad_steps: int = Field(
         3,
@@ -433,6 +434,13 @@ class TrainConfig(Section):
         changed = self.model_copy(update={"micro_batch": rows})
         changed._before = self.given_micro_batch
         return changed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_tokens(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("packing", True) is True and not given.keys() & {"micro_batch", "micro_batch_tokens"}:
+            return {**given, "micro_batch_tokens": "auto"}
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from typing import Any
 
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -29,6 +25,7 @@ from rlhf.config import (
 )
 from rlhf.data import load_preferences, load_prompts, load_sequences, read_rows
 from rlhf.distributed import launch_environment
+from rlhf.engine import check_zero
 from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capacity, lends_weights, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
@@ -77,7 +74,7 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         if isinstance(role, TrainedModelConfig) and role.gradient_checkpointing == "mlp":
             mlps(_blank(name, role, architecture), name)
         settings = role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
-        _check_zero(settings["zero_optimization"], read_deepspeed(config.deepspeed if role.deepspeed is None else role.deepspeed)[1])
+        check_zero(settings["zero_optimization"], read_deepspeed(config.deepspeed if role.deepspeed is None else role.deepspeed)[1])
         if role.compile:
             check_compile(_blank(name, role, architecture), name, settings["zero_optimization"].get("stage", 0), on_gpu)
     if config.task == "rl":
@@ -111,21 +108,6 @@ def check_data(config: Config, rows: bool = False) -> None:
                 key = section if len(sources) == 1 else f"{section}.{i}"
                 said = str(error)
                 raise ValueError(said.replace("data source ", f"{key}.", 1) if said.startswith("data source ") else f"{key}: {said}") from None
-
-
-def _check_zero(zero: dict[str, Any], origin: str) -> None:
-    """ValueError with file and key for what DeepSpeed would refuse with a traceback once models are loaded."""
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        said = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            known = [name for field, entry in DeepSpeedZeroConfig.model_fields.items() for name in (entry.alias or field,)]
-            close = difflib.get_close_matches(key, known, 1, 0.6)
-            said = "unknown key" + (f"; did you mean `{close[0]}`?" if close else "")
-        raise ValueError(f"{origin}: `zero_optimization.{key}`: {said}") from None
 
 
 def _needs_head(config: Config, name: str, role: ModelConfig) -> bool:

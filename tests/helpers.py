@@ -121,7 +121,7 @@ def rl_config(models: Path, stage: int = 0, sgd: bool = True, **sections: Any) -
         "reference": {"dtype": "float32"},
         "reward": {"components": [{"function": "exact_match"}]},
         "data": {"train": [{"path": "none.jsonl"}]},
-        "train": {"steps": 1},
+        "train": {"steps": 1, "micro_batch": 8},
         "tracking": {"console": "plain"},
     }
     for name, section in sections.items():
