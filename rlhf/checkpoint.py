@@ -324,11 +324,13 @@ class Checkpoints:
             raise ValueError(f"--resume {resume}: {found}: {problem}; name another checkpoint, or --resume never to start afresh")
         return found, remarks
 
-    def go_on_from(self, found: Path | None) -> None:
+    def go_on_from(self, found: Path | None) -> list[str]:
         """The history that begins now is that of `found`, or a new one. What another has written is moved to `checkpoints-N`, and never mixed with
-        this one's: among the last ones it would push out the new ones. (rank 0)"""
+        this one's: among the last ones it would push out the new ones. What there is to say of it. (rank 0)"""
         own = Mark.of(found) if found is not None and found.parent == self.folder.resolve() else None
-        self._set_aside([mark for mark in self._marks() if not (own and mark <= own)])
+        others = [mark for mark in self._marks() if not (own and mark <= own)]
+        aside = self._set_aside(others)
+        return [f"{len(others)} checkpoints of an earlier run are kept in {aside}"] if aside else []
 
     def _newest_whole(self, marks: Sequence[Mark]) -> tuple[Path | None, str | None, list[str]]:
         problems: dict[Path, str] = {}
@@ -369,9 +371,9 @@ class Checkpoints:
         except (OSError, ValueError):
             return False
 
-    def _set_aside(self, marks: list[Mark]) -> None:
+    def _set_aside(self, marks: list[Mark]) -> Path | None:
         if not marks:
-            return
+            return None
         number = 1
         while (aside := self.folder.with_name(f"checkpoints-{number}")).exists():
             number += 1
@@ -382,6 +384,7 @@ class Checkpoints:
             link = self.folder / name
             if link.is_symlink() and not link.exists():
                 files.rename(link, aside / name)
+        return aside
 
     def load(self, folder: Path, engines: Mapping[str, Saved]) -> dict[str, Any]:
         """Restore engines and generators, give back the trainer's state. (collective)"""

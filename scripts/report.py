@@ -67,12 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder of an rl run")
     run: Path = parser.parse_args().run
+    if not (run / "metrics.jsonl").is_file():
+        parser.error(f"{run}: no metrics.jsonl in it: not a run folder (of scripts/quickstart.sh it is ppo/ inside)")
     lines = read_metrics(run)
     found, seconds = accuracy(run, lines), phase_seconds(lines)
     table = Table("", f"step {found['steps'][0]}", f"step {found['steps'][1]}", "difference", title=str(run))
     label = f"accuracy on {found['problems']} held-out problems [95 %]"
     table.add_row(label, percent(found["accuracy_before"]), percent(found["accuracy_after"]), points(found["difference"]))
-    phases = Table("phase", "seconds", "tokens", "MFU of the last step", title=f"Seconds: {seconds['step']:.0f} in all steps")
+    phases = Table("phase", "seconds", "tokens of a rank", "MFU of the last step", title=f"Seconds: {seconds['step']:.0f} in all steps")
     for name, value in seconds.most_common():
         if name != "step":
             tokens = sum(line.get(f"tokens/{name}", 0) for line in lines)

@@ -355,3 +355,11 @@ def test_folders_that_are_no_model_are_refused_with_the_mend(models: Path, tmp_p
 def test_scalar_model_names(models: Path) -> None:
     assert {n.split(".")[0] for n, _ in scalar(models / "gpt2", "zero").named_parameters()} == {"transformer", "score"}
     assert isinstance(scalar(models / "llama", "zero"), ScalarModel)
+
+
+def test_a_target_of_lora_that_no_module_has_is_refused(models: Path) -> None:
+    """peft is content with one name that fits, and would adapt less than was asked for."""
+    model = AutoModelForCausalLM.from_pretrained(models / "llama")
+    with pytest.raises(ValueError, match=r"no module is called v_prj; did you mean v_proj\?"):
+        add_adapters(model, LoraConfig(r=2, target_modules=["q_proj", "v_prj"]), 0)
+    add_adapters(model, LoraConfig(r=2, target_modules=["q_proj", "self_attn.v_proj"]), 0)

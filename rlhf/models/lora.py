@@ -6,6 +6,7 @@ ever has to be switched for another, and each role computes bit for bit as on a 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ def add_adapters(module: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     head keeps training whole."""
     torch.manual_seed(seed)
     scalar = isinstance(module, ScalarModel)
+    _check_names(module, config.target_modules)
     peft_config = _peft_config(config, scalar)
     try:
         # peft would keep adapters in float32; under ZeRO-3 nobody casts them back, and every product would take a float32 copy of its input.
@@ -298,6 +300,17 @@ def _stacked_gradients(wide: Tensor, d_out: Tensor, scale: float, weights: Seque
         found += [None, d_a[columns], d_b[row : row + len(w), columns]]
         row += len(w)
     return d_x, found
+
+
+def _check_names(module: nn.Module, targets: str | list[str]) -> None:
+    """ValueError for a name that no module has: peft is content with one that fits, and adapts less than was asked for."""
+    paths = [path for path, _ in module.named_modules()]
+    for name in targets if isinstance(targets, list) else ():
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            linear = {path.rpartition(".")[2] for path, part in module.named_modules() if isinstance(part, nn.Linear)}
+            close = difflib.get_close_matches(name, linear, 1, 0.6)
+            mend = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(linear))}"
+            raise ValueError(f"lora.target_modules={targets}: no module is called {name}; {mend}")
 
 
 def _check_targets(module: nn.Module, config: LoraConfig) -> None:

@@ -115,6 +115,7 @@ class Run:
     recipe: str = "{}"  # YAML, as this start was given it, without secrets
     data: dict[str, Any] = field(default_factory=dict)  # of the training rows: `check_same_data`
     state: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that we resume from
+    unscored: int = field(default=0, init=False)  # steps in a row
     agreed: int | None = None  # the step after which the ranks were last found in the same state
     _saving: Mark | None = field(default=None, init=False)  # of which it is not known yet whether it is on the disk
 
@@ -217,6 +218,10 @@ class Run:
         elif self.state["part"] and (other := _of_the_step(self.state.get("recipe", self._kept_recipe), self._kept_recipe)):
             self.state["part"] = 0  # what is kept of it is of another plan
             done = f"what step {step + 1} had finished was with another {other}: it begins anew"
+        elif self.state["part"] and step >= steps:
+            done = (
+                f"nothing is left to do: it was inside of step {step + 1}, and train.steps is {steps}; scripts/export.py writes a model folder of it"
+            )
         elif self.state["part"]:
             done = f"going on inside of step {step + 1}"
         else:
@@ -290,6 +295,17 @@ class Run:
             tell(EXIT_BAD)
             raise SystemExit(EXIT_BAD)
         return False
+
+    def end_if_unscored(self, step: int, scored: bool) -> None:
+        """End the run where step after step not one sample has a score: nothing is learnt, and nobody may be looking. Raises SystemExit."""
+        self.unscored = 0 if scored else self.unscored + 1
+        if self.unscored >= 2 * max(1, self.config.train.bad_steps):
+            self.console.message(
+                f"error: step {step}: no sample of the last {self.unscored} steps has a score (the reward functions' first errors are above, and in "
+                "the log): nothing would be learnt. Mend the reward, and start it again"
+            )
+            tell(EXIT_BAD)
+            raise SystemExit(EXIT_BAD)
 
     @contextlib.contextmanager
     def disk_may_fail(self) -> Iterator[None]:
@@ -500,7 +516,8 @@ def start_run(
             "Give it the same ones; or go on with these, data.on_change=accept; or start afresh, --resume never"
         )
     if world.is_main and resume != "auto":
-        checkpoints.go_on_from(resume_from)
+        remarks += checkpoints.go_on_from(resume_from)
+        remarks += _set_samples_aside(config.run_dir / "samples") if resume_from is None else []
         own(config.run_dir)
     budget = config.run_dir / BUDGET
     if world.is_main and resume == "never" and budget.exists() and budget.stat().st_mtime < started():
@@ -535,6 +552,18 @@ def start_run(
     if taken:
         console.message(f"auto: {' '.join(f'{key}={str(value).lower()}' for key, value in taken.items())}: from {BUDGET}")
     return run
+
+
+def _set_samples_aside(folder: Path) -> list[str]:
+    """Those of an earlier run, which this one would overwrite one by one."""
+    if not any(folder.iterdir()):
+        return []
+    number = 1
+    while (old := folder.with_name(f"samples-{number}")).exists():
+        number += 1
+    folder.rename(old)
+    folder.mkdir()
+    return [f"the samples of an earlier run are kept in {old}"]
 
 
 def take_folder(run_dir: Path, cleanup: contextlib.ExitStack) -> str | None:

@@ -715,6 +715,13 @@ def test_trap_22_a_batch_that_is_lost_trains_nothing_on_any_rank(models: Path, t
         assert "actor/grad_norm" not in line
 
 
+def test_a_run_without_a_single_score_ends(models: Path, tmp_path: Path) -> None:
+    """Not before `train.bad_steps` and as many again: a scorer that is away for a while costs its samples only."""
+    with pytest.raises(AssertionError, match="SystemExit: 77"):
+        run_ranks(whole_loop, 2, models, tmp_path, "nothing", {"train": {"steps": 9, "micro_batch": 2, "bad_steps": 2}})
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_trap_31_the_loop_leaves_the_actor_alone_during_warm_up(models: Path, tmp_path: Path) -> None:
     """trap 31: three steps, two of them warm-up: the actor saved after the second is the loaded one, after the third it is not."""
     sections = {

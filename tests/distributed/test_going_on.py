@@ -53,7 +53,7 @@ def started(world: World, models: Path, task: str, words: list[int], changes: di
     said, refusal = io.StringIO(), ""
     with ExitStack() as cleanup, contextlib.redirect_stdout(said):
         try:
-            TASKS[task](parse_config(tree), world, "auto", cleanup)
+            TASKS[task](parse_config(tree), world, changes.get("resume", "auto"), cleanup)
         except ValueError as error:
             refusal = str(error)
         except SystemExit:
@@ -64,6 +64,30 @@ def started(world: World, models: Path, task: str, words: list[int], changes: di
 def start(models: Path, task: str, words: list[int], asked: int = 0, **changes: Any) -> tuple[str, str]:
     said, refusal = run_ranks(started, 1, models, task, words, changes, asked)[0]
     return said, refusal
+
+
+def test_a_fresh_start_in_a_used_folder_keeps_what_is_there(models: Path) -> None:
+    folder = models.parent / "going-on-rl" / "used"
+    start(models, "rl", [5, 6, 8, 11], steps=2, run="used")
+    said, _ = start(models, "rl", [5, 6, 8, 11], steps=1, run="used", resume="never")
+    assert (
+        f"2 checkpoints of an earlier run are kept in {folder}/checkpoints-1" in said
+        and f"samples of an earlier run are kept in {folder}/samples-1" in said
+    )
+    kept, new = ({file.name for file in (folder / name).iterdir()} for name in ("samples-1", "samples"))
+    assert kept == {"training-000001.jsonl", "training-000002.jsonl"} and new == {"training-000001.jsonl"}
+    assert (folder / "checkpoints-1" / "checkpoint-2").is_dir() and state(folder)["step"] == 1
+
+
+def test_a_step_past_the_new_end_is_said_to_be(models: Path) -> None:
+    changes: dict[str, Any] = {"steps": 3, "run": "shorter"}
+    start(models, "rl", [5, 6, 8, 11], asked=5, **changes)
+    folder = models.parent / "going-on-rl" / "shorter"
+    left = (folder / "checkpoints" / "latest").resolve().name
+    begun, part = (int(number) for number in left.removeprefix("checkpoint-").split("+"))
+    assert begun >= 1 and part
+    said, _ = start(models, "rl", [5, 6, 8, 11], **(changes | {"steps": 1}))
+    assert f"nothing is left to do: it was inside of step {begun + 1}, and train.steps is 1" in said
 
 
 def state(folder: Path, name: str = "latest") -> dict[str, Any]:
