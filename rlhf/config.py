@@ -460,7 +460,9 @@ class ValidationConfig(Section):
     data: Annotated[list[SourceConfig], BeforeValidator(_listed)] = Field(default_factory=list, description="held-out sources; none = no validation")
     every: int = Field(10, ge=1, description="steps between validations")
     before_training: bool = Field(True, description="validate at step 0 too")
-    verifier: str | None = Field(None, description="reward function whose score >= 1 counts as correct (pass@1); needed for rl")
+    verifier: str | None = Field(
+        None, description="reward function whose score >= 1 counts as correct (pass@1), and what it fails on not at all; needed for rl"
+    )
     temperature: float = Field(0.0, ge=0, description="0 = greedy")
     top_k: int = Field(0, ge=0, description="0 = off")
     top_p: float = Field(1.0, gt=0, le=1, description="1 = off")

@@ -26,7 +26,7 @@ from rlhf.config import (
 from rlhf.data import load_preferences, load_prompts, load_sequences, read_rows
 from rlhf.distributed import launch_environment
 from rlhf.engine import check_zero
-from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capacity, lends_weights, plan_memory
+from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capacity, lends_weights, longest_row, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
 from rlhf.models.compiling import check_compile
@@ -179,7 +179,9 @@ def describe(config: Config) -> str:
         lines.append(f"  rollout: {decoding(config, world_size, on_gpu)}")
         if config.uses_reference and config.actor.lora and config.reference.path is None:
             lines.append("  reference: the actor with its adapters off")
-    lines.append("")
+    where = "as on a GPU, where dtype=auto is bfloat16; " if not on_gpu else ""
+    most = "data.max_prompt_tokens + rollout.max_new_tokens" if config.task == "rl" else "data.max_tokens"
+    lines += ["", f"  planned {where}for rows of {longest_row(config)} tokens ({most}); a run knows how long its rows are"]
     try:
         lines += plan_memory(config, roles(config), world_size, capacity=device_capacity()).table()  # of a GPU, wherever this is asked
     except ValueError as error:

@@ -35,8 +35,8 @@ def points(interval: Interval) -> str:
 
 
 def correct_at(run: Path, step: int) -> np.ndarray:
-    """[n] bool: which held-out problems were solved at a validation."""
-    correct: np.ndarray = np.load(run / "samples" / f"validation-{step:06d}-correct.npy")
+    """[n]: 1 for held-out problems that were solved at a validation, 0 for others, NaN where the verifier has failed."""
+    correct: np.ndarray = np.load(run / "samples" / f"validation-{step:06d}-correct.npy").astype(float)
     return correct
 
 
@@ -46,8 +46,13 @@ def accuracy(run: Path, lines: list[dict[str, Any]]) -> dict[str, Any]:
     if len(steps) < 2:
         raise SystemExit(f"{run}: fewer than two validations in metrics.jsonl; there is nothing to compare")
     before, after = correct_at(run, steps[0]), correct_at(run, steps[-1])
+    judged = np.isfinite(before) & np.isfinite(after)
+    if not judged.any():
+        raise SystemExit(f"{run}: the verifier has failed on every held-out problem of step {steps[0]} or {steps[-1]}")
+    unjudged, before, after = int((~judged).sum()), before[judged], after[judged]
     return {
         "problems": len(before),
+        "unjudged": unjudged,
         "steps": (steps[0], steps[-1]),
         "accuracy_before": bootstrap_interval(before, seed=0),
         "accuracy_after": bootstrap_interval(after, seed=0),
@@ -73,6 +78,8 @@ def main() -> None:
     found, seconds = accuracy(run, lines), phase_seconds(lines)
     table = Table("", f"step {found['steps'][0]}", f"step {found['steps'][1]}", "difference", title=str(run))
     label = f"accuracy on {found['problems']} held-out problems [95 %]"
+    if found["unjudged"]:
+        table.caption = f"{found['unjudged']} more on which the verifier has failed are left out"
     table.add_row(label, percent(found["accuracy_before"]), percent(found["accuracy_after"]), points(found["difference"]))
     phases = Table("phase", "seconds", "tokens of a rank", "MFU of the last step", title=f"Seconds: {seconds['step']:.0f} in all steps")
     for name, value in seconds.most_common():

@@ -23,6 +23,7 @@ _SHOWN = {
     "lost": ("reward/invalid",),  # samples without a score: from the first on
     "kl": ("actor/kl", "actor/kl_loss", "actor/ppo_kl"),
     "val": ("val-core/",),
+    "unjudged": ("val-aux/verifier/failed",),  # held-out samples that the verifier failed on: from the first on
     "tok/s": ("perf/throughput", "rollout/throughput_tokens_per_sec"),
 }
 _WINDOW = 20  # steps that the time left is estimated from
@@ -66,7 +67,7 @@ class Console:
         ordered = sorted(metrics, key=lambda k: ("/mean" not in k, k))  # a mean before the bounds of its interval
         for label, names in _SHOWN.items():
             key = next((k for name in names for k in ordered if k == name or (name.endswith("/") and k.startswith(name))), None)
-            if key is not None and (label != "lost" or metrics[key] or label in self._shown):
+            if key is not None and (label not in ("lost", "unjudged") or metrics[key] or label in self._shown):
                 self._shown[label] = metrics[key]
         if self._live is None:
             values = "".join(f"  {label} {value:.4g}" for label, value in self._shown.items())

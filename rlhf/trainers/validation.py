@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Validator:
             judged = self.rewards.score_with_models(rollout)
         scores = self.rewards.score(rollout, early, judged)
         verdict, failures = collect(VERIFIER, early, rollout, self.world)
-        correct = (verdict.nan_to_num(0.0) >= 1.0).float()
+        correct = torch.where(verdict.isfinite(), (verdict >= 1.0).float(), torch.nan)  # what could not be judged is neither right nor wrong
         metrics: dict[str, float] = {"val-aux/verifier/failed": float(sum(failures.values()))}
         sources = np.array([p.source for p in rollout.prompts])
         for source in sorted(set(sources)):
@@ -70,10 +71,11 @@ class Validator:
         metrics["val-aux/response_length/clip_ratio"] = float((~rollout.finished).float().mean())
         if self.world.is_main:
             shown = range(min(v.samples, len(rollout)))
-            rows = (sample_row(rollout, scores, self.tokenizer, i) | {"correct": bool(correct[i])} for i in shown)
+            told = [None if math.isnan(c) else bool(c) for c in correct.tolist()]
+            rows = (sample_row(rollout, scores, self.tokenizer, i) | {"correct": told[i]} for i in shown)
             with self.disk_may_fail():
                 write_samples(self.samples_dir / f"validation-{step:06d}.jsonl", rows)
-                np.save(self.samples_dir / f"validation-{step:06d}-correct.npy", correct.numpy().astype(bool))
+                np.save(self.samples_dir / f"validation-{step:06d}-correct.npy", correct.numpy())
         return metrics
 
 
@@ -107,8 +109,10 @@ def share_out(
 
 
 def _interval(metrics: dict[str, float], name: str, correct: torch.Tensor) -> None:
-    mean, low, high = bootstrap_interval(correct.numpy(), seed=0)
-    metrics.update({f"{name}/mean@1": mean, f"{name}/low": low, f"{name}/high": high, f"{name}/n": float(len(correct))})
+    """correct: 1, 0, or NaN for what the verifier has failed on, which does not count."""
+    known = correct[correct.isfinite()]
+    mean, low, high = bootstrap_interval(known.numpy(), seed=0) if len(known) else (math.nan, math.nan, math.nan)
+    metrics.update({f"{name}/mean@1": mean, f"{name}/low": low, f"{name}/high": high, f"{name}/n": float(len(known))})
 
 
 def sample_row(rollout: Rollout, scores: Scores, tokenizer: PreTrainedTokenizerBase, row: int) -> dict[str, Any]:

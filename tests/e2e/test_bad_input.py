@@ -248,6 +248,7 @@ def test_twelve_misbehaving_functions_in_one_run(ground: Ground) -> None:
     outcome = succeed(ground.recipe("twelve", recipe), launcher="python", env=ground.env)
     (line,) = metrics(ground.run_dir("twelve"))
     assert line["reward/invalid"] == 2 and line["val-aux/verifier/failed"] == 1
+    assert line["val-core/twelve/acc/n"] == 3 and line["val-core/twelve/acc/mean@1"] == 1.0  # of those that were judged
     found = {key.removeprefix("reward_failures/"): n for key, n in line.items() if key.startswith("reward_failures/")}
     assert found == {f"{name}/{reason}": 2 for name, reason in TWELVE.items()}
     assert outcome.out.count("such samples are lost and counted") == 12  # each once
