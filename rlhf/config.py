@@ -803,6 +803,30 @@ _RENAMED = {
     "cpu_offload": 'offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": 'offload_param": {"device": "cpu"}',
 }
+# The keys of `zero_optimization` in DeepSpeed 0.19.8, and what they take (tests/test_review.py compares them with its own).
+_ZERO: dict[str, type] = {
+    **dict.fromkeys(
+        (
+            *("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions", "overlap_comm"),
+            *("compute_grad_norm", "load_from_fp32_weights", "elastic_checkpoint", "ignore_unused_parameters", "legacy_stage1"),
+            *("round_robin_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+            *("memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings"),
+            *("enable_sanity_checks", "save_muon_momentum_buffer_in_memory", "parameter_alignment", "cpu_offload_use_pin_memory"),
+            *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
+            *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
+        ),
+        bool,
+    ),
+    **dict.fromkeys(
+        (
+            *("stage", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size"),
+            *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+            *("stage3_max_reuse_distance", "stage3_module_granularity_threshold", "zero_hpz_partition_size"),
+        ),
+        int,
+    ),
+    **dict.fromkeys(("offload_param", "offload_optimizer", "leaf_module", "zenflow"), dict),
+}
 # What DeepSpeed 0.19.8 looks for at the top level; anything else it passes over without a word.
 _TOP_LEVEL = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation", "gradient_clipping"),
@@ -912,9 +936,7 @@ def resolve_deepspeed(
         raise ValueError(f'{origin}: `data_types.grad_accum_dtype` is {accumulate!r}: gradients are accumulated in fp32 (trap 32); write "auto"')
     tree["data_types"]["grad_accum_dtype"] = "fp32"
     zero = tree.setdefault("zero_optimization", {})
-    for key, name in _RENAMED.items():
-        if key in zero:
-            raise ValueError(f'{origin}: `zero_optimization.{key}`: write "{name}"')
+    _check_zero(zero, origin)
     if zero.get("zenflow") not in (None, "auto"):
         raise ValueError(f"{origin}: `zero_optimization.zenflow` is not supported; remove it")
     if isinstance(compiled := tree.get("compile"), dict) and compiled.get("deepcompile") not in (None, "auto", False):
@@ -952,6 +974,28 @@ def resolve_deepspeed(
             zero["stage"] = 0
     _resolve_auto(tree, origin)
     return tree
+
+
+def _check_zero(zero: Any, origin: str) -> None:
+    """ValueError with file and key for what DeepSpeed would refuse with a traceback once models are loaded, or take under another name."""
+    if not isinstance(zero, dict):
+        raise ValueError(f'{origin}: `zero_optimization` must be an object such as {{"stage": 3}}')
+    for key, value in zero.items():
+        if key in _RENAMED:
+            raise ValueError(f'{origin}: `zero_optimization.{key}`: write "{_RENAMED[key]}"')
+        if key not in _ZERO:
+            close = difflib.get_close_matches(key, _ZERO, 1, 0.6)
+            raise ValueError(f"{origin}: `zero_optimization.{key}`: unknown key" + (f"; did you mean `{close[0]}`?" if close else ""))
+        kind, words = _ZERO[key], {bool: "true or false", int: "a whole number", dict: "an object"}
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        if value is None or value == "auto" or (whole if kind is int else isinstance(value, kind)):
+            continue
+        if key != "stage":  # which is told what it may be
+            raise ValueError(f"{origin}: `zero_optimization.{key}` is {value!r}; it takes {words[kind]}")
+    for key in ("offload_param", "offload_optimizer"):
+        device = (zero[key] if isinstance(zero.get(key), dict) else {}).get("device", "none")
+        if device not in ("none", "cpu", "nvme", "auto", None):
+            raise ValueError(f"{origin}: `zero_optimization.{key}.device` is {device!r}; none or cpu")
 
 
 def bucket_size(zero: dict[str, Any], gradients: Sequence[int]) -> int:

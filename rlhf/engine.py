@@ -10,7 +10,6 @@ What is settled here, so that nobody else has to know (each was wrong silently s
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import io
 import logging
@@ -33,9 +32,7 @@ import deepspeed
 import psutil
 import torch
 import torch.utils.cpp_extension
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
@@ -157,21 +154,6 @@ class PartitionedPlacement:
     def checksum(self, parameter: nn.Parameter) -> int:
         start, count = self._slice(parameter)
         return weighted_bits(parameter.ds_tensor.narrow(0, 0, count), start) if count else 0  # type: ignore[attr-defined]
-
-
-def check_zero(zero: dict[str, Any], origin: str) -> None:
-    """ValueError with file and key for what DeepSpeed would refuse with a traceback once models are loaded."""
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        said = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            known = [name for field, entry in DeepSpeedZeroConfig.model_fields.items() for name in (entry.alias or field,)]
-            close = difflib.get_close_matches(key, known, 1, 0.6)
-            said = "unknown key" + (f"; did you mean `{close[0]}`?" if close else "")
-        raise ValueError(f"{origin}: `zero_optimization.{key}`: {said}") from None
 
 
 def _clear_abandoned_builds() -> None:

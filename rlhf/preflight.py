@@ -17,7 +17,6 @@ from rlhf.config import (
     TrainedModelConfig,
     critic_origin,
     hybrid_engine_words,
-    read_deepspeed,
     role_dtype,
     role_settings,
     shares_base,
@@ -25,7 +24,6 @@ from rlhf.config import (
 )
 from rlhf.data import load_preferences, load_prompts, load_sequences, read_rows
 from rlhf.distributed import launch_environment
-from rlhf.engine import check_zero
 from rlhf.memory import blank_model, borrows_weights, device_capacity, host_capacity, lends_weights, longest_row, plan_memory
 from rlhf.metrics import model_shape
 from rlhf.models.checkpointing import mlps
@@ -74,7 +72,6 @@ def check(config: Config, world_size: int, on_gpu: bool) -> None:
         if isinstance(role, TrainedModelConfig) and role.gradient_checkpointing == "mlp":
             mlps(_blank(name, role, architecture), name)
         settings = role_settings(config, role, world_size=world_size, on_gpu=on_gpu)
-        check_zero(settings["zero_optimization"], read_deepspeed(config.deepspeed if role.deepspeed is None else role.deepspeed)[1])
         if role.compile:
             check_compile(_blank(name, role, architecture), name, settings["zero_optimization"].get("stage", 0), on_gpu)
     if config.task == "rl":

@@ -364,7 +364,9 @@ def check_adapter(folder: Path | None, base: Path, key: str) -> None:
         raise refusal(f"an adapter of type {given.get('peft_type')} on the base {origin}")
     if Path(origin).resolve() != base.resolve():
         raise refusal(f"trained on the base {origin}, but the actor's is {base.resolve()}: on other weights it would score something else")
-    if odd := _beyond_plain(PeftLoraConfig.from_pretrained(str(folder))):
+    adapters = PeftLoraConfig.from_pretrained(str(folder))
+    plain = _peft_config(_plain_config(adapters), scalar=True).to_dict()
+    if odd := _beyond_plain(adapters, plain | {"fan_in_fan_out": adapters.fan_in_fan_out}):  # of the base's layers, which are not here yet
         raise refusal(f"adapters with {odd} are not supported")
     with files.open_tensors(folder / ADAPTER_WEIGHTS) as file:
         if SCORE not in file.keys():  # noqa: SIM118 (not a mapping)
@@ -383,9 +385,9 @@ def _plain_config(given: PeftLoraConfig) -> LoraConfig:
     return LoraConfig(r=given.r, alpha=given.lora_alpha, target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
 
 
-def _beyond_plain(given: PeftLoraConfig) -> str:
-    """What adapters have that plain LoRA has not."""
-    ours, theirs = _peft_config(_plain_config(given), scalar=True).to_dict(), given.to_dict()
+def _beyond_plain(given: PeftLoraConfig, ours: dict[str, Any]) -> str:
+    """What adapters have that plain LoRA (`ours`) has not."""
+    theirs = given.to_dict()
     return ", ".join(f"{name}={value}" for name, value in theirs.items() if name not in _HARMLESS and value != ours.get(name))
 
 
@@ -393,9 +395,9 @@ def load_adapter(module: ScalarModel, folder: Path) -> nn.Module:
     """The reward model of `folder` (see `check_adapter`) on the body of `module`. ValueError if it does not fit or is more than plain LoRA."""
     files.read_object(folder / ADAPTER_CONFIG)  # or it is refused
     given = PeftLoraConfig.from_pretrained(str(folder))
-    if odd := _beyond_plain(given):
-        raise ValueError(f"{folder}: adapters with {odd} are not supported")
     wrapped = add_adapters(module, _plain_config(given), seed=0)
+    if odd := _beyond_plain(given, wrapped.peft_config["default"].to_dict()):  # type: ignore[index,union-attr]
+        raise ValueError(f"{folder}: adapters with {odd} are not supported")
     parameters, tensors = adapter_parameters(wrapped), files.read_tensors(folder / ADAPTER_WEIGHTS)
     if wrong := {(n, p.shape) for n, p in parameters.items()} ^ {(n, t.shape) for n, t in tensors.items()}:
         raise ValueError(f"{folder}: the adapters do not fit the base: {sorted(name for name, _ in wrong)[:3]}")
