@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,11 +18,19 @@ from rlhf.trainers.run import take_folder
 from train_rlhf import seconds
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: SIGINT is ignored in whatever a shell has put into the background, and so perhaps in these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "asked"),
     [(signal.SIGTERM, [STOP, STOP]), (signal.SIGUSR1, [STOP, STOP]), (signal.SIGINT, [STOP, STOP]), (signal.SIGRTMIN, [SAVE, 0])],
 )
-def test_signals(tmp_path: Path, number: signal.Signals, asked: list[int]) -> None:
+def test_signals(interruptible: None, tmp_path: Path, number: signal.Signals, asked: list[int]) -> None:
     before = signal.getsignal(number)
     with Requests(tmp_path) as found:
         assert found.poll() == 0
@@ -31,7 +40,7 @@ def test_signals(tmp_path: Path, number: signal.Signals, asked: list[int]) -> No
     assert signal.getsignal(number) == before
 
 
-def test_a_second_interrupt_is_pythons_own(tmp_path: Path) -> None:
+def test_a_second_interrupt_is_pythons_own(interruptible: None, tmp_path: Path) -> None:
     with Requests(tmp_path), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
