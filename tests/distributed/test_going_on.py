@@ -136,7 +136,13 @@ def test_a_step_that_had_begun_with_other_rows_begins_anew(models: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"), [("rollout", "prompts", 1), ("rollout", "prompts", 3), ("algorithm", "minibatches", 4), ("rollout", "max_batch", 1)]
+    ("section", "key", "value"),
+    [
+        ("rollout", "prompts", 1),
+        pytest.param("rollout", "prompts", 3, marks=pytest.mark.slow),
+        pytest.param("algorithm", "minibatches", 4, marks=pytest.mark.slow),
+        ("rollout", "max_batch", 1),
+    ],
 )
 def test_a_step_that_had_begun_by_another_plan_begins_anew(models: Path, section: str, key: str, value: int) -> None:
     """One of its two updates is done: with other prompts or minibatches it would train some rows twice or never, or look for rows that there are
