@@ -69,6 +69,7 @@ def engine_of(world: World, models: Path, layers: int, way: str, what: Recompute
 def step(world: World, models: Path, layers: int, way: str, what: Recomputed, lora: bool, backend: str = "aot_eager") -> tuple[int, int, list[int]]:
     """(storages of gathered weights, how many live on after the forward, graphs after each of the forwards with a backward)."""
     compiling.BACKEND = backend
+    counters.clear()  # of the process that this one was forked from
     seen: list[StorageWeakRef] = []
     engine = engine_of(world, models, layers, way, what, lora, seen)
     graphs, count, alive = [], 0, 0

@@ -66,6 +66,7 @@ def step_on_ranks(
     backend: str | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """backend: of compiled layers; None = not compiled."""
+    counters.clear()  # of the process that this one was forked from
     if head == "logits":
         run_module.fuse_head = rl_module.fuse_head = lambda model: False  # type: ignore[assignment]
     elif head == "chunks":

@@ -209,7 +209,7 @@ def whole_run(world: World, models: Path, folder: Path, offloads: bool | str) ->
         reward={"components": [{"model": {**key, "path": models / "scalar", "dtype": "float32"}}]},
         algorithm={"kl": {"coef": 0.1}, "epochs": 2},
         data={"train": [{"path": data}]},
-        rollout={"prompts": 4, "group_size": 2, "max_new_tokens": 6},
+        rollout={"prompts": 4, "group_size": 2, "max_new_tokens": 6, "cache_tokens": 2048},
         train={"steps": 2, "micro_batch": 3},
     )
     if offloads == "auto":  # as on a GPU without any room

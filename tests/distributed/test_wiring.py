@@ -50,6 +50,7 @@ class Seen(TorchDispatchMode):
 def built(world: World, models: Path, checkpointing: Any, compiled: str = "") -> tuple[Seen, Seen, int]:
     """What was seen in the passes before an update and in the update itself, and how many graphs were compiled; compiled: the role that is."""
     compiling_module.BACKEND = "eager"
+    counters.clear()  # of the process that this one was forked from
     head_module.CHUNK_BYTES = CHUNK * VOCABULARY * 4
     roles: dict[str, Any] = {name: {"gradient_checkpointing": checkpointing, "compile": name == compiled} for name in ("actor", "critic")}
     roles["reference"] = {"compile": compiled == "reference"}
