@@ -179,7 +179,8 @@ def test_gradient_is_the_same_from_compiled_layers(
     models: Path, algorithm: str, ranks: int, stage: int, micro_batch: int, minibatches: int, forwards: str, head: str, checkpointing: Recomputed
 ) -> None:  # fmt: skip
     """trap 5, trap 6, trap 25"""
-    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, head, checkpointing, "aot_eager")
+    backend = "aot_eager" if ranks == 2 else "eager"  # which compiles no backward pass, and in half of the time; the grid below has all
+    assert_same(models, algorithm, ranks, stage, micro_batch, minibatches, forwards, head, checkpointing, backend)
 
 
 @pytest.mark.slow
