@@ -108,7 +108,7 @@ class ModelConfig(Section):
 
     path: Path | None = Field(None, description="folder in Hugging Face format (config.json, *.safetensors, tokenizer)")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on CPU")
-    attention: str = Field("sdpa", description="attn_implementation of transformers")
+    attention: str = Field("sdpa", description="attn_implementation of transformers, for padded rows (packing=false); packed ones have their own")
     trust_remote_code: bool = Field(False, description="run code that the model folder ships")
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed JSON (path or mapping) for this role; default: the top-level one")
     compile: bool = Field(
@@ -987,7 +987,7 @@ def _check_zero(zero: Any, origin: str) -> None:
             close = difflib.get_close_matches(key, _ZERO, 1, 0.6)
             raise ValueError(f"{origin}: `zero_optimization.{key}`: unknown key" + (f"; did you mean `{close[0]}`?" if close else ""))
         kind, words = _ZERO[key], {bool: "true or false", int: "a whole number", dict: "an object"}
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()  # JSON writes 5e8, too
         if value is None or value == "auto" or (whole if kind is int else isinstance(value, kind)):
             continue
         if key != "stage":  # which is told what it may be

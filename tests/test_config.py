@@ -20,6 +20,7 @@ from rlhf.config import (
     LoraConfig,
     ModelConfig,
     RewardModelConfig,
+    TrainConfig,
     TrainedModelConfig,
     bucket_size,
     flat_keys,
@@ -292,6 +293,8 @@ def test_trap_32_bf16_accumulation_is_refused() -> None:
         ({"gradient_clipping": 1.0}, r"`gradient_clipping` is 1.0 but max_grad_norm is 0.5"),
         ({"bf16": {"enabled": True}}, r"`bf16.enabled` is True but the model dtype is float32"),
         ({"bf16": True}, r"`bf16` must be an object"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": float("inf")}}, r"`zero_optimization.reduce_bucket_size` is inf; it takes a whole"),
+        ({"zero_optimization": [2]}, r"`zero_optimization` must be an object"),
         ({"bf16": {"check_grad_overflow": False}}, r"`bf16.check_grad_overflow`: a gradient that is not finite would go into the weights; remove it"),
         ({"zero_optimisation": {"stage": 2}}, r"unknown key `zero_optimisation`; did you mean `zero_optimization`\?"),
         ({"tensor_parallel": {"autotp_size": 2}}, r"`tensor_parallel`: tensor parallelism is not supported"),
@@ -321,6 +324,15 @@ def test_trap_32_bf16_accumulation_is_refused() -> None:
 def test_contradictions_are_refused(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^recipe: {message}"):
         resolve(tree)
+
+
+def test_forwards_are_planned_by_tokens_unless_a_recipe_says_otherwise() -> None:
+    for given, expected in (({}, "auto"), ({"micro_batch": 4}, None), ({"packing": False}, None), ({"micro_batch_tokens": None}, None)):
+        assert TrainConfig(**given).micro_batch_tokens == expected
+    assert TrainConfig(micro_batch=4, micro_batch_tokens="auto").micro_batch_tokens == "auto"
+    tree: dict[str, Any] = {"task": "sft", "run_dir": "run", "actor": {"path": "m"}, "data": {"train": {"path": "x.jsonl"}}}
+    config = parse_config(tree)
+    assert config.train.micro_batch_tokens == "auto" and parse_config(yaml.safe_load(to_yaml(config))) == config
 
 
 def test_numbers_that_agree_are_fine() -> None:

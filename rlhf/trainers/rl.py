@@ -211,7 +211,7 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         save = new_best or (good and run.is_due(step, steps))
         timing = partial(accounting, step, rollout, actor_updates=len(update.steps["actor"]))
         run.end_step(step, metrics, models.engines, state(), "actor", save, timing=timing)
-        run.end_if_unscored(step, bool(experience.scores.valid.any()))
+        run.end_if_unscored(step, bool(experience.scores.valid.any()))  # (collective)
 
     def state() -> dict[str, Any]:
         return {"sampler": sampler.state_dict(), "kl_controller": kl_controller.state_dict()}

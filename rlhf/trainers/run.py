@@ -297,12 +297,13 @@ class Run:
         return False
 
     def end_if_unscored(self, step: int, scored: bool) -> None:
-        """End the run where step after step not one sample has a score: nothing is learnt, and nobody may be looking. Raises SystemExit."""
+        """End the run where no sample of step after step has a score: nothing is learnt, and nobody may be looking. SystemExit. (collective)"""
         self.unscored = 0 if scored else self.unscored + 1
         if self.unscored >= 2 * max(1, self.config.train.bad_steps):
+            failure = self.checkpoints.finish()  # (collective); the weights are good
             self.console.message(
-                f"error: step {step}: no sample of the last {self.unscored} steps has a score (the reward functions' first errors are above, and in "
-                "the log): nothing would be learnt. Mend the reward, and start it again"
+                f"error: step {step}: no sample of the last {self.unscored} steps has a score: nothing is learnt (why is counted in "
+                f"reward_failures/... of metrics.jsonl). Mend the reward, and start it again{f'. {failure.text}' if failure else ''}"
             )
             tell(EXIT_BAD)
             raise SystemExit(EXIT_BAD)
