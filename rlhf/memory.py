@@ -1,8 +1,7 @@
 """What every phase of a run holds on one GPU, predicted in bytes from the recipe and the architectures alone. What follows from it: `rlhf.budget`.
 
-Where the numbers come from: sizes of parameters from the model itself, built on the meta device; what DeepSpeed 0.19.8 allocates, from its source;
-activations by the formula of `saved_per_token`, which a test compares with what autograd keeps. Left out: fragmentation of torch's allocator, and
-whatever lasts for less than a layer's backward pass.
+Where the numbers come from: sizes of parameters and what a forward keeps (`rlhf.models.activations`) from the model itself, on the meta device; what
+DeepSpeed 0.19.8 allocates, from its source. Left out: fragmentation of torch's allocator, and whatever lasts for less than a layer's backward pass.
 """
 
 from __future__ import annotations
@@ -31,11 +30,12 @@ from rlhf.config import (
 )
 from rlhf.experience import needs_old_logprobs, scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
+from rlhf.models.activations import Kept, count_kept
 from rlhf.models.checkpointing import decoder_layers, mlps
-from rlhf.models.fused import FAMILIES, fuse
+from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
-from rlhf.models.loading import read_architecture
-from rlhf.models.lora import add_adapters, kept_whole
+from rlhf.models.loading import read_architecture, without_dropout
+from rlhf.models.lora import add_adapters, has_joined_mlps, kept_whole
 from rlhf.models.scoring_head import has_plain_head
 from rlhf.offload import PART, SLOTS
 from rlhf.ops.head import CHUNK_BYTES
@@ -56,45 +56,6 @@ PREFETCHED = 50_000_000  # and gathers ahead: stage3_prefetch_bucket_size
 # Activations
 
 
-MLP = {"gate_proj", "up_proj", "down_proj"}
-
-
-def saved_per_token(
-    shape: ModelShape, size: int, known: bool, fused: bool, head_norms: bool = False, adapted: Iterable[str] | None = None, rank: int = 0
-) -> dict[str, float]:
-    """Bytes that one decoder layer keeps of a token for its backward pass, by what keeps them.
-
-    size: bytes of a number. known: of `models.fused.FAMILIES`, not compiled. fused: in the kernels of `rlhf.ops.fused`, which keep their inputs
-    only. adapted: names of the linear modules with LoRA adapters of this rank, all weights being frozen; None: all weights train. Inputs of products
-    are kept for the gradients of their matrices; what several take is kept once, and what comes out of attention is kept there.
-    """
-    s, names = shape, None if adapted is None else {name.rsplit(".", 1)[-1] for name in adapted}
-
-    def taken(*products: str) -> bool:
-        return names is None or bool(names & set(products))
-
-    width, count = (s.q_dim + s.kv_dim, s.heads + s.kv_heads) if head_norms else (0, 0)
-    down = taken("down_proj") and not (known and fused and names is None)  # made again for a plain product (`gated_down`)
-    terms = {
-        "norms": norm_per_token(2 * s.hidden + width, 2 + count, size, fused, trains=names is None),
-        "products": size * s.hidden * taken("q_proj", "k_proj", "v_proj"),
-        "attention": 2 * (s.q_dim + s.kv_dim) * size + 4 * s.heads,  # q, k, v and what comes out; a log-sum-exp for each head
-        "adapters": rank * len((names or set()) - MLP) * size,
-        "mlp": size * (s.hidden * taken("gate_proj", "up_proj") + s.inner * down + 2 * s.inner + rank * len((names or set()) & MLP)),
-    }
-    if known and names is not None and names >= MLP:  # one operation: `models.lora`
-        terms["mlp"] = size * (s.hidden + 3 * rank + 2 * s.inner)
-    elif not fused:
-        terms["mlp"] += s.inner * size  # silu(gate)
-    return {name: float(value) for name, value in terms.items()}
-
-
-def norm_per_token(width: int, count: int, size: int, fused: bool, trains: bool) -> float:
-    """Bytes that `count` norms keep of a token, over `width` numbers in all. fused: their inputs; else these in float32, a factor for each, and what
-    was normalised if the weight trains."""
-    return float(width * size if fused else width * (4 + size * trains) + 4 * count)
-
-
 @dataclass(frozen=True)
 class Forward:
     """One forward of a model: what its activations take."""
@@ -104,9 +65,7 @@ class Forward:
     tokens: int
     scored: int  # tokens that the head sees
     vocabulary: int  # 1: a scalar head
-    layer: float  # bytes that a layer keeps of a token, if nothing is computed again
-    mlp: float  # of these its MLP
-    norm: float  # what the final norm keeps
+    kept_of: Kept  # a token, if nothing is computed again
     checkpointing: Recomputed = False
     chunked: bool = True  # the head answers in chunks (`rlhf.ops.head`)
     head_trains: bool = True
@@ -114,15 +73,16 @@ class Forward:
 
     @property
     def again(self) -> float:
-        """Bytes of a token that the backward pass of a layer makes again, from `hidden` numbers that are kept in their place."""
-        return self.mlp if self.checkpointing == "mlp" else self.layer if self.checkpointing else 0.0
+        """Bytes of a token that the backward pass of a layer makes again, from its input or that of its MLP."""
+        return self.kept_of.mlp if self.checkpointing == "mlp" else self.kept_of.layer if self.checkpointing else 0.0
 
     def kept(self) -> float:
-        """From the forward to the backward pass: layers (of what is computed again its input only), angles, final norm, head."""
+        """From the forward to the backward pass: layers (of what is computed again its input only), what lies around them, head."""
         s, scalar = self.shape, self.vocabulary == 1
-        layers = s.layers * (self.layer - self.again + (s.hidden * self.size if self.checkpointing else 0))
+        instead = self.kept_of.entering if self.checkpointing == "mlp" else s.hidden * self.size if self.checkpointing else 0
+        layers = s.layers * (self.kept_of.layer - self.again + instead)
         head = 4 * s.hidden + 8 if scalar else self.size * s.hidden + (16 if self.chunked else 4 * self.vocabulary)
-        return self.tokens * (layers + self.norm + self.size * 2 * s.head_dim + 8) + (self.tokens if scalar else self.scored) * head
+        return self.tokens * (layers + self.kept_of.rest) + (self.tokens if scalar else self.scored) * head
 
     def passing(self, backward: bool) -> float:
         """Beside that, at the worst moment: in the head, or in one layer (which is computed again first, as far as it is not kept)."""
@@ -195,8 +155,9 @@ class Held:
 
 
 def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: int, on_gpu: bool = True) -> Held:
-    """Raises ValueError as `role_settings` and `read_architecture` do."""
-    settings, architecture = role_settings(config, role, world_size=ranks, on_gpu=on_gpu), read_architecture(role, name)
+    """Raises ValueError as `role_settings` and `read_architecture` do, and for a model whose activations cannot be counted."""
+    settings = role_settings(config, role, world_size=ranks, on_gpu=on_gpu)
+    architecture = without_dropout(read_architecture(role, name))
     zero, lora = settings["zero_optimization"], role.lora if isinstance(role, TrainedModelConfig) else None
     trained, stage, scalar = isinstance(role, TrainedModelConfig), int(zero.get("stage", 0)), name not in ("actor", "reference")
     size = 2 if role_dtype(role, on_gpu) == "bfloat16" else 4
@@ -217,11 +178,6 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     bucket = min(bucket_size(zero, learns), sum(learns))
     copies = {0: 0, 1: size == 4, 2: 1 + bool(zero.get("overlap_comm")), 3: 1}[stage]  # of the bucket
     text = architecture.get_text_config()
-    fusable = text.model_type in FAMILIES and getattr(text, "hidden_act", "") == "silu"
-    known, fused = fusable and not role.compile, fusable and size == 2  # compiled layers keep about what kernels keep, and what `down` takes
-    head_norms = text.model_type == "qwen3"
-    adapted = None if lora is None else [n for n, m in decoder_layers(module)[0].named_modules() if hasattr(m, "lora_A")]
-    one_mlp = known and {name.rsplit(".", 1)[-1] for name in adapted or ()} >= MLP
     shape = model_shape(architecture)
     tokens = largest_forward(config, longest)
     weights = size * ((whole - base - small) / shares + small)
@@ -230,7 +186,9 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     flushed = max([bucket, *learns])  # what is larger than the bucket goes alone
     stepped = max(4 * sharded, size * flushed + 4 * flushed / ranks) if stage >= 2 and learns else 0.0
     leaves = (master + moments if trained else weights - size * small) if can_offload(settings, role) else 0.0
-    saved = saved_per_token(shape, size, known, fused, head_norms, adapted, lora.r if lora else 0)
+    beside = size * 3.0 * shape.inner * (shape.hidden + 2 * lora.r) if lora and has_joined_mlps(module) else 0.0
+    parts, plain = _has_mlps(module), float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n))
+    known = (architecture.to_json_string(), size, scalar, role.compile and on_gpu, repr(lora), role.attention)
     held = Held(
         weights=weights,
         visiting=0.0,
@@ -239,10 +197,10 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
         buckets=size * (copies * bucket + max(learns, default=0)),
         master=master,
         moments=moments,
-        mlps=_has_mlps(module),
+        mlps=parts,
         passes=stage == 2 or (stage == 1 and size == 4),  # DeepSpeed has another optimizer for ZeRO-1 in bf16
         step=stepped,
-        plain=float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n)),
+        plain=plain,
         on_host=0.0,
         trained=trained,
         leaves=leaves,
@@ -251,18 +209,29 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
             shape,
             size,
             tokens,
-            scored=most_scored(config, tokens),
-            vocabulary=1 if scalar else text.vocab_size,
-            layer=sum(saved.values()),
-            mlp=saved["mlp"],
-            norm=norm_per_token(shape.hidden, 1, size, fused, lora is None),
+            most_scored(config, tokens),
+            1 if scalar else text.vocab_size,
+            _kept_by(module, name, known) if trained else Kept(0.0, 0.0, 0.0, 0.0),
             checkpointing=isinstance(role, TrainedModelConfig) and role.recomputed,
             chunked=has_plain_head(text),
             head_trains=lora is None,
-            copies=size * 3.0 * shape.inner * (shape.hidden + 2 * lora.r) if lora and one_mlp else 0.0,
+            copies=beside,
         ),
     )
     return held.offloaded() if role.offloaded else held
+
+
+_counted: dict[tuple[Any, ...], Kept] = {}  # what is asked again in a run
+
+
+def _kept_by(module: nn.Module, name: str, known: tuple[Any, ...]) -> Kept:
+    """What the role's model keeps; `known`: all that it depends on. ValueError where it does not run on the meta device."""
+    if known not in _counted:
+        try:
+            _counted[known] = count_kept(module, compiled=known[3])
+        except Exception as error:
+            raise ValueError(f"{name}: what its activations take cannot be counted ({type(error).__name__}: {error})") from error
+    return _counted[known]
 
 
 def _has_mlps(module: nn.Module) -> bool:
@@ -461,7 +430,7 @@ def _plan_of(
     def score(name: str, together: int = several) -> dict[str, float]:
         h = held[name]
         f = h.forward
-        wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.layer, f.mlp, f.norm, chunked=f.chunked)
+        wider = Forward(f.shape, f.size, together * f.tokens, together * f.scored, f.vocabulary, f.kept_of, chunked=f.chunked)
         return visiting | {f"{name}: gathered": h.gathered, f"{name}: forward": wider.passing(backward=False)}
 
     plan.phases["gen"] = _present(always | cache | {"rollout: prefill and logits": float(working)})

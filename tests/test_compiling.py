@@ -15,16 +15,18 @@ from transformers import AutoModelForCausalLM
 from rlhf.batching import pack
 from rlhf.config import LoraConfig, Recomputed
 from rlhf.models import compiling, packing
+from rlhf.models.activations import count_kept, kept_attention
 from rlhf.models.checkpointing import decoder_layers, recompute
 from rlhf.models.compiling import check_compile, compile_layers
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
 from rlhf.models.lora import adapters_off, add_adapters
 from rlhf.models.packing import pack_attention
+from rlhf.models.scoring_head import fuse_head
 from rlhf.preflight import check
 from rlhf.types import Packed
 from tests.helpers import relative, rl_config
-from tests.test_memory import FAMILIES
+from tests.test_memory import FAMILIES, LENGTHS, adapted, blank, kept_bytes
 
 MICRO_BATCHES = [[5, 9, 3], [4, 8, 2, 2, 7], [3, 20]]
 SLOW = [(False, False, False), (True, False, True), (True, True, False), (True, "mlp", False), (False, "mlp", True)]
@@ -101,6 +103,28 @@ def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys() and len(ours) > 10
         assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "lora"), [("gemma3_text", False), pytest.param("llama", True, marks=pytest.mark.slow)])
+def test_what_is_planned_is_what_compiled_layers_keep(family: str, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", compiling.APART)
+    monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: kept_attention(*(t.contiguous() for t in (q, k, v)))[0])
+    kept = {}
+    for what in (False, "mlp"):
+        model = blank(family, torch.bfloat16, False, fused=False)
+        pack_attention(model)
+        whole = adapted(model, lora)
+        fuse_head(model)
+        compile_layers(whole)
+        recompute(whole, what, "actor")
+        kept[what] = kept_bytes(whole.train(), True, False, what)
+    with torch.device("meta"):
+        counted = count_kept(adapted(blank(family, torch.bfloat16, False, fused=False), lora), compiled=True)
+    tokens, layers = sum(LENGTHS), 3
+    head = (2 * 128 + 16) * (tokens - 1)
+    assert tokens * (layers * counted.layer + counted.rest) + head == pytest.approx(kept[False], rel=0.05)
+    assert tokens * (layers * (counted.layer - counted.mlp + counted.entering) + counted.rest) + head == pytest.approx(kept["mlp"], rel=0.05)
+    assert counted.mlp > counted.layer / 4
 
 
 @pytest.mark.parametrize(("packed", "what", "lora"), CASES)

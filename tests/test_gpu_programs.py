@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf.distributed import EXIT_AGAIN
 from scripts.chaos import make_random
-from tests.e2e.programs import SHARDED, make_model, metrics, reversal_rows, run, steps, write_jsonl, write_recipe
+from tests.e2e.programs import EOS, SHARDED, make_model, metrics, reversal_rows, run, steps, write_jsonl, write_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -153,6 +155,46 @@ def test_a_first_step_takes_what_was_planned(ground: Path, case: str, gpus: int)
     assert outcome.code == 0, outcome.out[-6000:]
     assert {"memory/gen", "memory/ref", "memory/update_actor"} <= compared(ground / case).keys()
     assert as_planned(ground / case) and "GiB measured of planned" not in outcome.out
+
+
+# Shapes of published models whose layers are not llama's: gemma-3-1b, OLMo-2-1B, stablelm-2-1.6b, pythia-410m, opt-1.3b, starcoder2 with 12 layers.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1}
+    | {"head_dim": 256, "vocab_size": 262_144, "sliding_window": 512},
+    "olmo2": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16, "vocab_size": 100_352},
+    "stablelm": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 100_352},
+    "gpt_neox": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 50_304},
+    "opt": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 50_272}
+    | {"word_embed_proj_dim": 2048},
+    "starcoder2": {"hidden_size": 3072, "intermediate_size": 12_288, "num_hidden_layers": 12, "num_attention_heads": 24, "vocab_size": 49_152}
+    | {"num_key_value_heads": 2, "sliding_window": 4096},
+}
+
+
+@pytest.mark.parametrize("change", ["", "compile", "mlp", "lora"])
+@pytest.mark.parametrize("family", [*OTHERS, "qwen2"])
+def test_a_first_step_of_other_families_takes_what_was_planned(ground: Path, family: str, change: str) -> None:
+    folder = ground / "base"
+    if family != "qwen2":
+        folder = ground / family
+        shutil.copytree(ground / "tiny", folder, dirs_exist_ok=True)
+        ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": EOS}
+        torch.manual_seed(0)
+        architecture = CONFIG_MAPPING[family](**OTHERS[family], **ends)
+        with torch.device("cuda"):
+            AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16).save_pretrained(folder)
+        torch.cuda.empty_cache()
+    actor = {"path": folder, "compile": change == "compile", "gradient_checkpointing": "mlp" if change == "mlp" else False}
+    changes = {
+        "actor": actor | ({"lora": {"r": 64, "target_modules": "all-linear"}} if change == "lora" else {}),
+        "rollout": {"prompts": 32, "max_batch": 128},
+        "train": {"steps": 1},
+    }
+    name = f"{family}-{change}".strip("-")
+    outcome = run(recipe_of(ground, name, changes), launcher="python", env={"PYTHONPATH": str(ground / "python")}, timeout=200)
+    assert outcome.code == 0, outcome.out[-6000:]
+    assert as_planned(ground / name) and "GiB measured of planned" not in outcome.out
+    shutil.rmtree(ground / family, ignore_errors=True)
 
 
 def test_the_cache_gives_way_on_a_small_device(ground: Path) -> None:

@@ -3,6 +3,7 @@ their kernels do nothing, since what is kept does not depend on values. A stand-
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,24 +12,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rlhf import budget, memory
 from rlhf.batching import pack
 from rlhf.budget import choose, open_choices, read_budget, smaller, with_value, with_values, write_budget
 from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config, role_settings
 from rlhf.engine import WholePlacement
-from rlhf.memory import GIB, MemoryMeter, Plan, largest_forward, lends_weights, longest_row, norm_per_token, plan_memory, saved_per_token
+from rlhf.memory import GIB, MemoryMeter, Plan, largest_forward, lends_weights, longest_row, plan_memory
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
+from rlhf.models.activations import count_kept
 from rlhf.models.checkpointing import recompute
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
-from rlhf.models.loading import load_causal_lm, load_scalar_model
+from rlhf.models.loading import load_causal_lm, load_scalar_model, without_dropout
 from rlhf.models.lora import add_adapters
 from rlhf.models.packing import pack_attention
-from rlhf.models.scoring_head import fuse_head, logprobs_of
+from rlhf.models.scoring_head import FAMILIES as HEADS
+from rlhf.models.scoring_head import fuse_head, has_plain_head, logprobs_of
 from rlhf.ops import fused
 from rlhf.preflight import decoding, roles
 from rlhf.trainers import probe
@@ -44,6 +57,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**_SIZES, head_dim=32),
     "mistral": MistralConfig(**_SIZES, sliding_window=None, head_dim=16),
 }
+_OTHERS = {**_SIZES, "head_dim": 16, "ffn_dim": 320, "word_embed_proj_dim": 128, "max_position_embeddings": 128, "pad_token_id": 0}
+OTHERS = sorted((*(set(HEADS) - set(FAMILIES)), "granite", "cohere", "gemma", "glm", "phi", "apertus", "mixtral"))
+FAMILIES_AND_OTHERS = {**FAMILIES, **{name: CONFIG_MAPPING[name](**_OTHERS) for name in OTHERS}}
 LENGTHS = [60, 40, 70]
 
 
@@ -109,35 +125,43 @@ def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: Recompute
     return sum(found.values()) + (checkpointing is True) * angles
 
 
-def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool) -> torch.nn.Module:
-    architecture = FAMILIES[family]
+def blank(family: str, dtype: torch.dtype, scalar: bool, fused: bool = True) -> Any:
     make: Any = AutoModel if scalar else AutoModelForCausalLM
-    module: Any = make.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
-    if scalar:
-        module = ScalarModel(module, 128)
-    fuse(module)
+    module = make.from_config(without_dropout(copy.deepcopy(FAMILIES_AND_OTHERS[family])), dtype=dtype, attn_implementation="sdpa")
+    module = ScalarModel(module, 128) if scalar else module
+    if fused:
+        fuse(module)
+    return module
+
+
+def adapted(module: Any, lora: bool) -> Any:
+    if not lora:
+        return module
+    targets = ["q_proj", "v_proj"] if module.config.model_type == "mixtral" else "all-linear"  # experts can have none
+    plain, module = module, add_adapters(module, LoraConfig(r=8, target_modules=targets), 0)
+    plain.enable_input_require_grads()  # as under ZeRO-3: else the first norm keeps nothing
+    return module.to(next(plain.parameters()).dtype)
+
+
+def built(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool) -> torch.nn.Module:
+    plain = blank(family, dtype, scalar)
     if packed:
-        pack_attention(module)
-    plain = module
-    if lora:
-        module = add_adapters(module, LoraConfig(r=8), 0)
-        plain.enable_input_require_grads()  # as under ZeRO-3: else the first norm keeps nothing
+        pack_attention(plain)
+    module: torch.nn.Module = adapted(plain, lora)
     fuse_head(plain)
     recompute(plain, checkpointing, "actor")
     return module.train()
 
 
-def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, in_kernels: bool) -> float:
-    """Through `held_by`'s formulas, on this test's tokens."""
-    shape, names = model_shape(FAMILIES[family]), ("q", "k", "v", "o", "gate", "up", "down")
-    adapted = [f"{n}_proj" for n in names] if lora else None
-    size = dtype.itemsize
-    saved = saved_per_token(shape, size, True, in_kernels, family == "qwen3", adapted, 8 if lora else 0)
-    layer, mlp = sum(saved.values()), saved["mlp"]
-    norm = norm_per_token(shape.hidden, 1, size, in_kernels, trains=not lora)
+def predicted(family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool) -> float:
+    """As `held_by` does, on this test's tokens."""
+    with torch.device("meta"):
+        module = adapted(blank(family, dtype, scalar), lora)
     tokens = sum(LENGTHS) if packed else len(LENGTHS) * max(LENGTHS)
     scored = tokens - 1 if packed else tokens - len(LENGTHS)
-    return memory.Forward(shape, size, tokens, scored, 1 if scalar else 300, layer, mlp, norm, checkpointing, head_trains=not lora).kept()
+    kept = count_kept(module, compiled=False)
+    shape, chunked = model_shape(FAMILIES_AND_OTHERS[family]), has_plain_head(FAMILIES_AND_OTHERS[family])
+    return memory.Forward(shape, dtype.itemsize, tokens, scored, 1 if scalar else 300, kept, checkpointing, chunked, not lora).kept()
 
 
 VARIANTS = [
@@ -157,18 +181,30 @@ def test_activations_in_kernels(
 ) -> None:
     monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
     found = kept_bytes(built(family, torch.bfloat16, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
-    assert predicted(family, torch.bfloat16, packed, lora, checkpointing, scalar, True) == pytest.approx(found, rel=0.05)
+    assert predicted(family, torch.bfloat16, packed, lora, checkpointing, scalar) == pytest.approx(found, rel=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("packed", "lora", "checkpointing", "scalar"), VARIANTS)
 def test_activations_in_plain_torch(
-    family: str, dtype: torch.dtype, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, packed: bool, lora: bool, checkpointing: Recomputed, scalar: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
-    found = kept_bytes(built(family, dtype, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
-    assert predicted(family, dtype, packed, lora, checkpointing, scalar, False) == pytest.approx(found, rel=0.05)
+    found = kept_bytes(built(family, torch.float32, packed, lora, checkpointing, scalar), packed, scalar, checkpointing)
+    assert predicted(family, torch.float32, packed, lora, checkpointing, scalar) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(
+    ("lora", "checkpointing", "scalar"), [(False, False, False), (True, False, True), (False, "mlp", False), (False, True, False)]
+)
+def test_activations_of_other_families(family: str, lora: bool, checkpointing: Recomputed, scalar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the operations that their layers are made of: norms that are more, or elsewhere, or keep a mean; MLPs without a gate; tanh, squares."""
+    if family == "opt" and checkpointing == "mlp":
+        pytest.skip("its layers have no MLP of their own: refused (`checkpointing.mlps`)")
+    monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
+    found = kept_bytes(built(family, torch.bfloat16, True, lora, checkpointing, scalar), True, scalar, checkpointing)
+    assert predicted(family, torch.bfloat16, True, lora, checkpointing, scalar) == pytest.approx(found, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -447,8 +483,22 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+_built: dict[str, Any] = {}
+
+
 @pytest.fixture
-def auto(large: Path, tmp_path: Path) -> Any:
+def auto(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = memory.blank_model
+
+    def once(role: Any, architecture: Any, *rest: Any) -> Any:
+        """Of hundreds of plans for few models."""
+        key = f"{architecture.to_json_string()} {getattr(role, 'lora', None)} {role.compile} {rest}"
+        if key not in _built:
+            _built[key] = made(role, architecture, *rest)
+        return _built[key]
+
+    monkeypatch.setattr(memory, "blank_model", once)
+
     def make(task: str = "rl", tokens: Any = "auto", checkpointing: Any = "auto", **sections: Any) -> Config:
         role = {"path": large, "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
         tree: dict[str, Any] = {

@@ -26,26 +26,31 @@ from rlhf.models.checkpointing import decoder_layers
 from rlhf.models.lora import as_peft
 
 BACKEND = "inductor"
+APART = "aot_eager_decomp_partition"  # keeps what inductor does, and generates no code
 
 # All models of a family share one code object and with it one limit on its graphs: with and without gradients, in training mode and not, with
 # adapters and without, for each role. A graph per layer would show in far more.
 GRAPHS = 64
 
 
-def compile_layers(module: nn.Module) -> None:
-    """From here on the decoder layers compute in compiled graphs. After adapters, before `checkpointing.recompute` and DeepSpeed.
+def compile_layers(module: nn.Module, apart: bool = False) -> None:
+    """From here on the decoder layers compute in compiled graphs. After adapters, before `checkpointing.recompute` and DeepSpeed. apart: in graphs
+    of their own that are no faster, to see what they keep.
 
     In half precision inductor rounds where the plain operations round: the update then scores with the function that sampled (trap 2), and forwards
     with gradients agree with those without, which are other graphs."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    options = {"emulate_precision_casts": True} if BACKEND == "inductor" else None
-    compiled = torch.compile(_layer, dynamic=True, backend=BACKEND, options=options)
-    for layer in dict.fromkeys(decoder_layers(module)):  # layers may be one module (`probe.stand_in`)
-        as_peft(layer)
-        for part in layer.modules():
+    backend = APART if apart else BACKEND
+    options = {"emulate_precision_casts": True} if backend == "inductor" else None
+    # Graphs are found by the code object.
+    layer = types.FunctionType(_layer.__code__.replace(co_name="_layer_apart"), _layer.__globals__) if apart else _layer
+    compiled = torch.compile(layer, dynamic=True, backend=backend, options=options)
+    for one in dict.fromkeys(decoder_layers(module)):  # layers may be one module (`probe.stand_in`)
+        as_peft(one)
+        for part in one.modules():
             if type(part) is nn.Linear:
                 part.forward = types.MethodType(_product, part)  # type: ignore[method-assign]
-        layer.forward = functools.partial(compiled, layer)
+        one.forward = functools.partial(compiled, one)
 
 
 def _layer(layer: nn.Module, *inputs: Any, **options: Any) -> Any:

@@ -24,6 +24,7 @@ class ScalarModel(nn.Module):
     def __init__(self, body: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.body_name: str = getattr(body, "base_model_prefix", "") or "model"
+        self.base_model_prefix = self.body_name  # peft asks, for families whose weights transformers converts (experts)
         self.add_module(self.body_name, body)
         self.score = ScalarHead(hidden_size, 1, bias=False, dtype=next(body.parameters()).dtype)
         self.config = body.config

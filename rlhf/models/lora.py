@@ -27,7 +27,7 @@ from rlhf import files
 from rlhf.config import LoraConfig
 from rlhf.models.fused import gated_mlp, is_gated_mlp
 from rlhf.models.heads import ScalarModel
-from rlhf.ops.fused import gated, gated_gradient, only_kept
+from rlhf.ops.fused import gated, gated_gradient, in_autocast, only_kept
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 SCORE = "base_model.model.score.weight"  # a scalar head beside its adapters
@@ -135,7 +135,7 @@ def _plain(layer: Any, x: Tensor) -> _Plain | None:
         return None
     base, names = layer.base_layer, list(layer.lora_A)
     plain = names == layer.active_adapters and len(names) == 1 and not (layer.disable_adapters or layer.merged or layer.lora_variant)
-    if not plain or torch.is_autocast_enabled(x.device.type):
+    if not plain or in_autocast(x):
         return None
     (name,) = names
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -169,6 +169,17 @@ def _adapted_mlp(module: Any, x: Tensor) -> Tensor:
     weights = (gate.weight, gate.a, gate.b, up.weight, up.a, up.b, down.weight, down.a, down.b)
     out: Tensor = _LoraMlp.apply(x, gate.scale, down.scale, *weights)  # type: ignore[no-untyped-call]
     return out
+
+
+def has_joined_mlps(module: nn.Module) -> bool:
+    """Whether MLPs compute in `_LoraMlp`, which copies their weights beside those of adapters: each projection has one."""
+
+    def joined(part: nn.Module) -> bool:
+        forward, names = vars(part).get("forward"), ("gate_proj", "up_proj", "down_proj")
+        adapted = isinstance(forward, functools.partial) and forward.func is _adapted_mlp
+        return adapted and all(isinstance(getattr(part, name), LoraLinear) for name in names)
+
+    return any(joined(part) for part in module.modules())
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -320,7 +331,13 @@ def _check_targets(module: nn.Module, config: LoraConfig) -> None:
         owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
     for layer in module.modules():
         if isinstance(layer, LoraLayer):
-            names = owners[id(layer.get_base_layer().weight)]
+            base: Any = layer.get_base_layer()
+            if not hasattr(base, "weight"):
+                raise ValueError(
+                    f"lora.target_modules={config.target_modules}: adapters on all experts at once ({type(base).__name__}) cannot be merged; name "
+                    "linear layers, as [q_proj, k_proj, v_proj, o_proj]"
+                )
+            names = owners[id(base.weight)]
             if not layer.lora_A:
                 raise ValueError(f"lora.target_modules={config.target_modules}: {names[0]} is no linear layer; leave it out")
             if len(names) > 1:

@@ -31,6 +31,13 @@ except ImportError:  # a CPU build of torch comes without it
         def __call__(self, function: Any = None, **_: Any) -> Any:
             return function if function is not None else (lambda f: f)
 
+        # What is asked on the way to a kernel, also to one that is not launched (`_launch`).
+        def cdiv(self, a: int, b: int) -> int:
+            return -(-a // b)
+
+        def next_power_of_2(self, n: int) -> int:
+            return 1 << (n - 1).bit_length()
+
     triton = _Absent()
 
 tl: Any = triton.language
@@ -55,9 +62,20 @@ def _processors() -> int:
 
 
 def _in_kernels(*tensors: Tensor) -> bool:
-    """Whether kernels compute this: 16 bits, all of one dtype, on a GPU."""
+    """Whether kernels compute this: 16 bits, all of one dtype, on a GPU. Or on the meta device, as a forward there tells what one on a GPU keeps
+    (`models.activations`)."""
     dtype = tensors[0].dtype
-    return dtype in (torch.bfloat16, torch.float16) and all(t.is_cuda and t.dtype == dtype for t in tensors)
+    return dtype in (torch.bfloat16, torch.float16) and all((t.is_cuda or t.is_meta) and t.dtype == dtype for t in tensors)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Nothing on the meta device."""
+    if not first.is_meta:
+        kernel[grid](first, *arguments, **options)
+
+
+def in_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which torch does not know of the meta device
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -91,7 +109,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, rows: 
     out = torch.empty(max(n, rows), hidden, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
     warps = 4 if block <= 2048 else 8
-    _add_norm[(n,)](x, x if delta is None else delta, weight, out, n, eps, hidden, block, delta is not None, num_warps=warps, **_early())
+    _launch(_add_norm, (n,), x, x if delta is None else delta, weight, out, n, eps, hidden, block, delta is not None, num_warps=warps, **_early())
     return out
 
 
@@ -157,7 +175,7 @@ class _RmsNorm(torch.autograd.Function):
             return add_norm(rows, None, weight, eps).view(x.shape)
         out = torch.empty_like(rows)  # heads are many and narrow: several in one program
         half = triton.next_power_of_2(width // 2)
-        _head_norm[(triton.cdiv(len(rows), HEAD_ROWS),)](rows, weight, out, len(rows), eps, width, half, HEAD_ROWS, num_warps=4, **UNFUSED)
+        _launch(_head_norm, (triton.cdiv(len(rows), HEAD_ROWS),), rows, weight, out, len(rows), eps, width, half, HEAD_ROWS, num_warps=4, **UNFUSED)
         return out.view(x.shape)
 
     @staticmethod
@@ -172,7 +190,8 @@ class _RmsNorm(torch.autograd.Function):
         programs = min(triton.cdiv(len(rows), side), 2 * _processors())  # a fixed number: each sums its rows in their order, then they are summed
         partial = torch.empty(programs, width, device=x.device) if weighted else weight
         warps = 8 if block <= 4096 else 16
-        _norm_gradient[(programs,)](
+        _launch(
+            _norm_gradient, (programs,),
             rows, weight, _rows(d_out), d_x, partial, len(rows), ctx.eps, width, block, side, weighted, num_warps=warps
         )  # fmt: skip
         return d_x.view(x.shape), partial.sum(0).to(weight.dtype) if weighted else None, None
@@ -212,7 +231,7 @@ def silu_mul(gate_up: Tensor, n: int, rows: int = 0) -> Tensor:
     """[>= n, 2 I] -> silu(first half) * second half of the first n rows, [max(n, rows), I] with undefined rows after the n-th."""
     width = gate_up.shape[1] // 2
     out = torch.empty(max(n, rows), width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(n, triton.cdiv(width, 1024))](gate_up, gate_up[:, width:], out, n, width, 2 * width, 1024, num_warps=4, **_early())
+    _launch(_silu_mul, (n, triton.cdiv(width, 1024)), gate_up, gate_up[:, width:], out, n, width, 2 * width, 1024, num_warps=4, **_early())
     return out
 
 
@@ -243,7 +262,7 @@ class _SiluMul(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         g, u = _rows(gate), _rows(up)
         out, (n, width) = torch.empty_like(g), g.shape
-        _silu_mul[(n, triton.cdiv(width, 1024))](g, u, out, n, width, width, 1024, num_warps=4, **_early())
+        _launch(_silu_mul, (n, triton.cdiv(width, 1024)), g, u, out, n, width, width, 1024, num_warps=4, **_early())
         return out.view(gate.shape)
 
     @staticmethod
@@ -259,7 +278,7 @@ def _gradients(gate: Tensor, up: Tensor, d_out: Tensor, again: bool) -> tuple[Te
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     out = torch.empty_like(gate) if again else gate
     n, width = gate.shape
-    _silu_mul_gradient[(n, triton.cdiv(width, 1024))](gate, up, d_out, d_gate, d_up, out, width, width, 1024, again, num_warps=4)
+    _launch(_silu_mul_gradient, (n, triton.cdiv(width, 1024)), gate, up, d_out, d_gate, d_up, out, width, width, 1024, again, num_warps=4)
     return d_gate, d_up, out
 
 
@@ -276,7 +295,8 @@ def gated_gradient(gate_up: Tensor, d_out: Tensor) -> Tensor:
     n, width = d_out.shape
     d_gate_up = torch.empty_like(gate_up)
     if _in_kernels(gate_up, d_out):
-        _silu_mul_gradient[(n, triton.cdiv(width, 1024))](
+        _launch(
+            _silu_mul_gradient, (n, triton.cdiv(width, 1024)),
             gate_up, gate_up[:, width:], d_out, d_gate_up, d_gate_up[:, width:], d_out, width, 2 * width, 1024, True, num_warps=4
         )  # fmt: skip
         return d_gate_up
@@ -319,7 +339,7 @@ class _GatedDown(torch.autograd.Function):
             return gate.new_empty(*gate.shape[:-1], len(weight))
         g = _rows(gate)
         inner, (n, width) = torch.empty_like(g), g.shape
-        _silu_mul[(n, triton.cdiv(width, 1024))](g, _rows(up), inner, n, width, width, 1024, num_warps=4, **_early())
+        _launch(_silu_mul, (n, triton.cdiv(width, 1024)), g, _rows(up), inner, n, width, width, 1024, num_warps=4, **_early())
         return F.linear(inner, weight).view(*gate.shape[:-1], len(weight))
 
     @staticmethod
@@ -374,7 +394,7 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] @ weight [out, in].T + bias [out]. On a GPU in 16 bits without the detour of DeepSpeed's own, which adds the bias in a pass of its
     own (and rounds twice) and takes longer on the host than a small product on the device."""
-    if _in_kernels(x, weight, *([] if bias is None else [bias])) and not torch.is_autocast_enabled(x.device.type):
+    if _in_kernels(x, weight, *([] if bias is None else [bias])) and not in_autocast(x):
         out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
     return F.linear(x, weight, bias)
@@ -434,7 +454,8 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tupl
         torch.empty_strided((batch, n, length, dim), (length * n * dim, dim, n * dim, 1), dtype=q.dtype, device=q.device) for n in (heads, kv_heads)
     )
     padded, half = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
-    _rotate_heads[(batch * length,)](
+    _launch(
+        _rotate_heads, (batch * length,),
         q, *q.stride()[:3], k, *k.stride()[:3], cos, sin, length * dim if len(cos) > 1 else 0, out_q, out_k, length,
         heads, kv_heads, padded, triton.next_power_of_2(kv_heads), dim, half, back, num_warps=max(1, min(8, padded * half // 256)), **UNFUSED,
     )  # fmt: skip
