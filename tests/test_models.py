@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -18,9 +19,18 @@ from rlhf.config import LoraConfig, ModelConfig
 from rlhf.engine import WholePlacement, full_tensors
 from rlhf.models.export import export_adapter, export_model, on_host
 from rlhf.models.heads import ScalarModel
-from rlhf.models.loading import load_causal_lm, load_scalar_model, read_architecture, score_statistics, tensor_names, weighted_bits
+from rlhf.models.loading import (
+    load_causal_lm,
+    load_scalar_model,
+    read_architecture,
+    score_statistics,
+    tensor_names,
+    weighted_bits,
+    without_dropout,
+)
 from rlhf.models.lora import WeightSource, adapter_parameters, adapters_off, add_adapters, weight_layout
 from tests.helpers import ARCHITECTURES, VOCABULARY, single_world, tiny_tokenizer
+from tests.test_memory import FAMILIES_AND_OTHERS
 
 WORLD = single_world()
 IDS = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -255,6 +265,18 @@ def test_merged_weights_compute_as_the_adapted_model(models: Path, tmp_path: Pat
 
 
 # ---- export
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES_AND_OTHERS) - {"mixtral", "apertus"}))
+def test_every_family_is_read_and_written_as_transformers_does(family: str, tmp_path: Path) -> None:
+    """Whose files may have other names than its modules (GPT-NeoX's head, as in Pythia). Refused: experts, and buffers in files (apertus)."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    reference = AutoModelForCausalLM.from_config(without_dropout(copy.deepcopy(FAMILIES_AND_OTHERS[family])), dtype=torch.float32).eval()
+    reference.save_pretrained(theirs)
+    assert logits(causal(theirs).eval()).sub(logits(reference)).abs().max() < 1e-5
+    export_model(ours, causal(theirs), on_host(full_tensors(weight_layout(causal(theirs)))), theirs, tiny_tokenizer())
+    assert tensor_names(ours).keys() == tensor_names(theirs).keys()
+    assert torch.equal(logits(plain(ours)), logits(reference))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

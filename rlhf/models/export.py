@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from rlhf.files import Written, write_tensors, write_text
 from rlhf.models.heads import ScalarModel
-from rlhf.models.loading import SCORE_STATISTICS
+from rlhf.models.loading import SCORE_STATISTICS, name_in_files
 from rlhf.models.lora import ADAPTER_WEIGHTS
 from rlhf.state import Copy, copy_to_host
 
@@ -58,8 +58,8 @@ def export_model(
     model's scores.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = write_shards(folder, state)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    written = write_shards(folder, {name_in_files(name, config.model_type): tensor for name, tensor in state.items()})
     plain = module.get_base_model() if isinstance(module, PeftModel) else module
     config.dtype = next(iter(state.values())).dtype
     if isinstance(plain, ScalarModel):

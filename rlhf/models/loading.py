@@ -232,12 +232,18 @@ def _fill(module: nn.Module, config: ModelConfig, placement: Placement, world: W
 
 
 def file_key(name: str, aliases: list[str], files: dict[str, Path], prefix: str) -> str | None:
-    """The tensor of the files that holds this parameter: under its own name, a tied one, or with / without the body's prefix."""
+    """The tensor of the files that holds this parameter: under its own name, a tied one, that of files, or with / without the body's prefix."""
     for alias in [name, *aliases]:
-        for candidate in (alias, alias.removeprefix(f"{prefix}."), f"{prefix}.{alias}"):
+        for candidate in (alias, alias.removeprefix(f"{prefix}."), f"{prefix}.{alias}", name_in_files(alias, "gpt_neox")):
             if candidate in files:
                 return candidate
     return None
+
+
+def name_in_files(name: str, model_type: str) -> str:
+    """What transformers calls a parameter in the files that it reads and writes: of dense language models GPT-NeoX alone has another name there
+    (transformers' conversion_mapping.py)."""
+    return "embed_out.weight" if (name, model_type) == ("lm_head.weight", "gpt_neox") else name
 
 
 def weighted_bits(tensor: Tensor, offset: int = 0) -> int:
