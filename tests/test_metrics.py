@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -20,7 +21,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from rlhf.config import TrackingConfig, parse_config
 from rlhf.metrics import (
@@ -37,7 +38,9 @@ from rlhf.metrics import (
     wilson_interval,
     write_samples,
 )
+from rlhf.models.checkpointing import decoder_layers
 from rlhf.trainers import validation
+from tests.test_memory import FAMILIES_AND_OTHERS
 
 ROOT = Path(__file__).resolve().parent.parent
 OFF = TrackingConfig()
@@ -329,6 +332,18 @@ def test_model_shape() -> None:
     assert model_shape(LLAMA, head_outputs=1).head_params == 8
     # GPT-2 names everything otherwise, has no grouped heads and two feed-forward matrices of 4 x hidden.
     assert model_shape(GPT2Config(n_embd=8, n_layer=2, n_head=2)).block_params == 2 * (4 * 64 + 2 * 8 * 32)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES_AND_OTHERS) - {"mixtral"}))
+def test_model_operations_count_the_matrices_that_there_are(family: str) -> None:
+    """Gated feed-forward blocks have three, others two: one too many says an MFU that is not reached."""
+    config = copy.deepcopy(FAMILIES_AND_OTHERS[family])
+    foreign = {"gpt2": ("intermediate_size", "ffn_dim", "num_key_value_heads"), "gpt_neox": ("num_key_value_heads",), "opt": ("num_key_value_heads",)}
+    for name in foreign.get(family, ()):  # sizes that the tests give to all, and this one has not
+        delattr(config, name)
+    with torch.device("meta"):
+        layers = decoder_layers(AutoModelForCausalLM.from_config(config))
+    assert model_shape(config).block_params == sum(p.numel() for p in layers.parameters() if p.dim() > 1)
 
 
 def test_forward_update_and_rollout_flops() -> None:
