@@ -30,7 +30,7 @@ from rlhf.config import (
 )
 from rlhf.experience import needs_old_logprobs, scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
-from rlhf.models.activations import Kept, count_kept
+from rlhf.models.activations import Kept, count_kept, has_own_attention
 from rlhf.models.checkpointing import decoder_layers, mlps
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
@@ -188,7 +188,8 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     leaves = (master + moments if trained else weights - size * small) if can_offload(settings, role) else 0.0
     beside = size * 3.0 * shape.inner * (shape.hidden + 2 * lora.r) if lora and has_joined_mlps(module) else 0.0
     parts, plain = _has_mlps(module), float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n))
-    known = (architecture.to_json_string(), size, scalar, role.compile and on_gpu, repr(lora), role.attention)
+    own = longest if not config.train.packing and has_own_attention(module) else None
+    known = (architecture.to_json_string(), size, scalar, repr(lora), role.compile and on_gpu, own)
     held = Held(
         weights=weights,
         visiting=0.0,
@@ -225,10 +226,11 @@ _counted: dict[tuple[Any, ...], Kept] = {}  # what is asked again in a run
 
 
 def _kept_by(module: nn.Module, name: str, known: tuple[Any, ...]) -> Kept:
-    """What the role's model keeps; `known`: all that it depends on. ValueError where it does not run on the meta device."""
+    """What the role's model keeps; `known`: all that it depends on, with the options of `count_kept` at the end. ValueError where it does not run on
+    the meta device."""
     if known not in _counted:
         try:
-            _counted[known] = count_kept(module, compiled=known[3])
+            _counted[known] = count_kept(module, *known[-2:])
         except Exception as error:
             raise ValueError(f"{name}: what its activations take cannot be counted ({type(error).__name__}: {error})") from error
     return _counted[known]

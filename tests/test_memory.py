@@ -32,7 +32,7 @@ from rlhf.engine import WholePlacement
 from rlhf.memory import GIB, MemoryMeter, Plan, largest_forward, lends_weights, longest_row, plan_memory
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
-from rlhf.models.activations import count_kept
+from rlhf.models.activations import count_kept, has_own_attention
 from rlhf.models.checkpointing import recompute
 from rlhf.models.forward import inputs_of
 from rlhf.models.fused import fuse
@@ -205,6 +205,24 @@ def test_activations_of_other_families(family: str, lora: bool, checkpointing: R
     monkeypatch.setattr(packing, "_in_groups", lambda q, k, v, *rest: _Flash.apply(q, k, v))
     found = kept_bytes(built(family, torch.bfloat16, True, lora, checkpointing, scalar), True, scalar, checkpointing)
     assert predicted(family, torch.bfloat16, True, lora, checkpointing, scalar) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("llama", "eager"), ("gemma2", "eager"), ("falcon", "sdpa")])
+def test_activations_of_attention_that_is_the_models_own(family: str, attention: str) -> None:
+    """Rows that are not packed: matrices of tokens by tokens, more than all the rest here."""
+    config = CONFIG_MAPPING[family](**{k: v for k, v in _OTHERS.items() if (family, k) != ("falcon", "head_dim")})
+
+    def make() -> Any:
+        return AutoModelForCausalLM.from_config(without_dropout(config), dtype=torch.bfloat16, attn_implementation=attention)
+
+    with torch.device("meta"):
+        module = make()
+    assert has_own_attention(module)
+    shape, tokens = model_shape(config), len(LENGTHS) * max(LENGTHS)
+    kept = count_kept(module, False, own_attention=max(LENGTHS))
+    found = kept_bytes(make().train(), False, False, False)
+    planned = memory.Forward(shape, 2, tokens, tokens - len(LENGTHS), 300, kept, chunked=False).kept()
+    assert planned == pytest.approx(found, rel=0.05) and kept.layer > 2 * 8 * max(LENGTHS)
 
 
 # --------------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.models.checkpointing import decoder_layers, mlps, recompute
@@ -63,21 +64,29 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_:
 ALL_ATTENTION_FUNCTIONS.register(COUNTED, _attention)
 
 
-def count_kept(module: nn.Module, compiled: bool) -> Kept:
+def count_kept(module: nn.Module, compiled: bool, own_attention: int | None = None) -> Kept:
     """What a forward in training mode keeps. module: a causal LM or `ScalarModel` on the meta device, dropout at 0, adapters on; not to be used
-    afterwards. compiled: as its layers will be, which takes seconds. Raises what a forward on the meta device does, for a model that reads values."""
-    pack_attention(module, COUNTED)
-    layers, parts = decoder_layers(module), _mlps(module)
+    afterwards. compiled: as its layers will be, which takes seconds. own_attention: tokens of a row, where attention is the model's own, which may
+    keep a matrix of them. Raises what a forward on the meta device does, for a model that reads values."""
+    if own_attention is None:
+        pack_attention(module, COUNTED)
+    layers, parts, tokens = decoder_layers(module), _mlps(module), own_attention or TOKENS
     if not compiled:
-        found = _count(module, layers, parts)
+        found = _count(module, tokens, layers, parts)
         return Kept(found["layer"] + found["mlp"], found["mlp"], found["entering"], found["rest"])
     compile_layers(module, apart=True)
-    found, mlp = _count(module, layers, []), 0.0
+    found, mlp = _count(module, tokens, layers, []), 0.0
     if parts:
         recompute(module, "mlp", "")
         compile_layers(module, apart=True)
-        mlp = found["layer"] - _count(module, layers, [])["layer"]
+        mlp = found["layer"] - _count(module, tokens, layers, [])["layer"]
     return Kept(found["layer"], mlp, 0.0, found["rest"])
+
+
+def has_own_attention(module: nn.Module) -> bool:
+    """Whether attention, where rows are not packed, is the model's own code: outside of transformers' interface, or "eager"."""
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    return any(part.config._attn_implementation == "eager" or not part._can_set_attn_implementation() for part in models)
 
 
 def _mlps(module: nn.Module) -> list[nn.Module]:
@@ -87,7 +96,7 @@ def _mlps(module: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _count(module: Any, layers: nn.ModuleList, parts: list[nn.Module]) -> Counter[str]:
+def _count(module: Any, tokens: int, layers: nn.ModuleList, parts: list[nn.Module]) -> Counter[str]:
     """Bytes of a token by the place that keeps them first, those of layers in the mean: "mlp" (one of `parts`), else "layer", else "rest", or "head";
     and "entering". Every storage once, parameters never, and what all layers are given (angles) as the rest's."""
     found: Counter[str] = Counter()
@@ -128,15 +137,15 @@ def _count(module: Any, layers: nn.ModuleList, parts: list[nn.Module]) -> Counte
                 hooks.append(part.register_forward_hook(leave))
     embedding = module.get_input_embeddings()
     hooks.append(embedding.register_forward_hook(lambda _, __, out: out.requires_grad_()))  # under adapters, as behind a layer
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
-    inputs = {"input_ids": ids, "position_ids": torch.arange(TOKENS, device="meta")[None], "attention_mask": torch.ones_like(ids)}
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "position_ids": torch.arange(tokens, device="meta")[None], "attention_mask": torch.ones_like(ids)}
     no_cache = {} if hasattr(module, "score") else {"use_cache": False}  # `ScalarModel` says so itself
     with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
         module.train()(**inputs, **no_cache)
     for hook in hooks:
         hook.remove()
     shares = dict.fromkeys(("layer", "mlp", "entering"), len(layers))
-    return Counter({place: count / TOKENS / shares.get(place, 1) for place, count in found.items()})  # type: ignore[misc]
+    return Counter({place: count / tokens / shares.get(place, 1) for place, count in found.items()})  # type: ignore[misc]
 
 
 def _head(module: Any) -> nn.Module:
