@@ -207,13 +207,13 @@ def test_activations_of_other_families(family: str, lora: bool, checkpointing: R
     assert predicted(family, torch.bfloat16, True, lora, checkpointing, scalar) == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize(("family", "attention"), [("llama", "eager"), ("gemma2", "eager"), ("falcon", "sdpa")])
-def test_activations_of_attention_that_is_the_models_own(family: str, attention: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_activations_of_attention_that_is_the_models_own(family: str) -> None:
     """Rows that are not packed: matrices of tokens by tokens, more than all the rest here."""
-    config = CONFIG_MAPPING[family](**{k: v for k, v in _OTHERS.items() if (family, k) != ("falcon", "head_dim")})
+    config = CONFIG_MAPPING[family](**_OTHERS)
 
     def make() -> Any:
-        return AutoModelForCausalLM.from_config(without_dropout(config), dtype=torch.bfloat16, attn_implementation=attention)
+        return AutoModelForCausalLM.from_config(without_dropout(config), dtype=torch.bfloat16, attn_implementation="eager")
 
     with torch.device("meta"):
         module = make()
