@@ -50,11 +50,19 @@ def scored_together(config: Config, lean: bool, on_gpu: bool) -> int:
 
 def needs_old_logprobs(config: Config, step: int) -> bool:
     """Whether the policy is scored before the update. In a step with one update its own logprobs are the old ones, exactly: the ratio is 1. Only a KL
-    penalty in the reward needs them before."""
+    penalty in the reward needs them before; while the critic learns alone nothing else does."""
     algorithm = config.algorithm
-    single = algorithm.epochs * algorithm.minibatches == 1 and step > algorithm.critic_warmup_steps
-    penalised = algorithm.kl.place == "reward" and config.uses_reference
-    return not single or penalised
+    several = algorithm.epochs * algorithm.minibatches > 1
+    return _penalised(config) or (several and step > algorithm.critic_warmup_steps)
+
+
+def needs_reference(config: Config, step: int) -> bool:
+    """Whether the reference scores: for a KL penalty in the reward, or in the loss of a step in which the actor learns."""
+    return _penalised(config) or (config.uses_reference and step > config.algorithm.critic_warmup_steps)
+
+
+def _penalised(config: Config) -> bool:
+    return config.uses_reference and config.algorithm.kl.place == "reward"
 
 
 def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> Rollout:
@@ -79,10 +87,14 @@ def gather_rollout(local: Rollout, prompts: dict[int, Prompt], world: World) -> 
     )
 
 
+def may_train(rollout: Rollout, algorithm: AlgorithmConfig) -> Tensor:
+    """[B] bool: rows that train something if they have a score, all but those that were cut under `truncation: mask`. No others are scored."""
+    return rollout.finished if algorithm.truncation == "mask" else torch.ones_like(rollout.finished)
+
+
 def training_mask(rollout: Rollout, valid: Tensor, algorithm: AlgorithmConfig) -> Tensor:
-    """[B, R] bool: response tokens of rows that have a score; with `truncation: mask` of rows that ended."""
-    keep = valid & rollout.finished if algorithm.truncation == "mask" else valid
-    return rollout.response_mask & keep[:, None]
+    """[B, R] bool: response tokens of rows that have a score and `may_train`."""
+    return rollout.response_mask & (valid & may_train(rollout, algorithm))[:, None]
 
 
 def shared_pass(

@@ -446,7 +446,7 @@ def _plan_of(
         plan.phases["ref"] = _present(always | after | score("reference" if "reference" in held else "actor"))
     if "critic" in held:
         plan.phases["values"] = _present(always | after | score("critic"))
-    if needs_old_logprobs(config, 1):  # as in every step, or in those in which the critic learns alone
+    if needs_old_logprobs(config, config.algorithm.critic_warmup_steps + 1):
         plan.phases["old_log_prob"] = _present(always | after | score("actor", 1))
     for name in ("actor", "critic"):
         if name in held:

@@ -130,7 +130,8 @@ class Experience:
     rollout: Rollout
     scores: Scores
     mask: Tensor  # [B, R] bool: tokens that train
-    old_logprobs: Tensor | None  # [B, R] float32, of the policy before the update; None until the update's own forwards give them
+    # [B, R] float32, of the policy before the update; None until the update's own forwards give them, or for good if nothing needs them
+    old_logprobs: Tensor | None
     ref_logprobs: Tensor | None  # [B, R] float32
     values: Tensor | None  # [B, R + 1] float32: values[:, j] precedes token j; the one after the last token is the bootstrap
     rewards: Tensor  # [B, R] float32 per token, KL penalty included

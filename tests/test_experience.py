@@ -13,12 +13,13 @@ from torch import Tensor
 
 from rlhf.batching import MicroBatchPlan, plan_micro_batches
 from rlhf.config import AlgorithmConfig, Config, RewardConfig
+from rlhf.distributed import World
 from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience, scored_together, token_rewards, training_mask
 from rlhf.models.forward import response_logprobs, response_values
 from rlhf.rewards.compose import Rewards
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rewards.pool import Pool
-from rlhf.trainers.rl import critic_loss, denominators, describe_experience, micro_batch_of, policy_loss
+from rlhf.trainers.rl import critic_loss, denominators, describe_experience, micro_batch_of, plan_epoch, policy_loss
 from rlhf.types import Experience, MicroBatch, Rollout, Scores
 from tests.helpers import make_rollout, make_scores, rl_config, single_world, tiny_tokenizer
 
@@ -159,6 +160,21 @@ def test_trap_15_a_new_critic_says_zero_and_its_explained_variance_is_logged() -
     metrics = describe_experience(experience(make_scores([1.0, 2.0, 3.0, 4.0]), values=0.0), 0.0)
     assert metrics["critic/vf_explained_var"] == pytest.approx(0)
     assert metrics["critic/values/mean"] == 0
+
+
+def test_rows_that_cannot_train_are_in_no_forward(tmp_path: Path) -> None:
+    """And a minibatch of such rows alone has no forwards at all, on any rank. Which rows meet stays as it is."""
+    plans = {}
+    for truncation in ("terminal", "mask"):
+        rollout = {"prompts": len(ROLLOUT) // 2, "group_size": 2}
+        config = rl_config(tmp_path, algorithm={"name": "grpo", "truncation": truncation, "minibatches": len(ROLLOUT)}, rollout=rollout)
+        plans[truncation] = [plan_epoch(config, 1, 0, ROLLOUT, World(rank, 2, rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+    cut = set(torch.nonzero(~ROLLOUT.finished).flatten().tolist())
+    assert cut and len(cut) < len(ROLLOUT)
+    for everything, trained in zip(plans["terminal"], plans["mask"], strict=True):
+        assert [m.rows for m in everything] == [m.rows for m in trained]
+        for whole, part in zip(everything, trained, strict=True):
+            assert part.plan == ([] if set(part.rows) <= cut else whole.plan)
 
 
 def test_truncation_and_rewards_do_not_touch_the_scores() -> None:

@@ -350,9 +350,11 @@ def test_what_the_rollout_lends_is_not_gathered(recipe: Any, stage: int, section
         "name": "ppo",
         "kl": {"coef": 0.1, "place": "loss", "estimator": "k2"},
         "minibatches": 1,
-    }  # unless the critic learns alone
-    assert "old_log_prob" not in planned(recipe(algorithm=single)).phases
-    assert "old_log_prob" in planned(recipe(algorithm={**single, "critic_warmup_steps": 2}, train={"steps": 5})).phases
+    }
+    for warmup in (0, 2):
+        several = {**single, "critic_warmup_steps": warmup, "minibatches": 2}
+        assert "old_log_prob" not in planned(recipe(algorithm={**single, "critic_warmup_steps": warmup}, train={"steps": 5})).phases
+        assert "old_log_prob" in planned(recipe(algorithm=several, train={"steps": 5})).phases
 
 
 def test_what_others_hold_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:

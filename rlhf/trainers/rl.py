@@ -30,7 +30,9 @@ from rlhf.experience import (
     gather_rollout,
     kl_per_response,
     make_experience,
+    may_train,
     needs_old_logprobs,
+    needs_reference,
     scored_together,
 )
 from rlhf.files import write_tensors
@@ -80,9 +82,10 @@ class Models:
     hybrid_engine: HybridEngine
     together: int = 1  # `scored_together`
 
-    def fetch(self, progress: Progress | None = None) -> None:
-        """What is to be scored next sets out for the device, where `offload` keeps its weights on the host; not what the step has scored already."""
-        scored = [name for name in ("reward models", "ref") if progress and progress.kept(name) is not None]
+    def fetch(self, progress: Progress | None = None, reference: bool = True) -> None:
+        """What is to be scored next sets out for the device, where `offload` keeps its weights on the host; not what the step has scored already, nor
+        a reference that it does not ask."""
+        scored = [name for name in ("reward models", "ref") if progress and progress.kept(name) is not None] + ["ref"] * (not reference)
         for model in frozen_engines(self.rewards if "reward models" not in scored else None, self.reference if "ref" not in scored else None):
             model.fetch()
 
@@ -185,12 +188,12 @@ def train_rl(config: Config, world: World, resume: str, cleanup: ExitStack) -> N
         if made_before:
             early.take(rollout, range(world.rank, len(rollout), world.size) if progress.kept("scores") is None else ())
         with timer.phase("reward"):
-            models.fetch(progress)
+            models.fetch(progress, needs_reference(config, step))
         by_models = progress.once("reward models", judged) if models.rewards.has_models else {}
         experience, update = learn(models, config, timer, rollout, scored, step, kl_controller.coef, world, progress)
         metrics = describe_experience(experience, kl_controller.coef) | update.metrics()  # (collective)
         good = run.judge(step, update.problem, metrics, models.engines, lambda folder: save_batch(folder, experience, tokenizer))
-        if good and experience.ref_logprobs is not None and bool(experience.mask.any()):
+        if good and "actor/kl_per_response" in metrics and bool(experience.mask.any()):
             kl_controller.update(metrics["actor/kl_per_response"], len(rollout))
 
         with timer.phase("hand_over"):
@@ -374,10 +377,10 @@ def sampling(config: Config) -> Sampling:
     return Sampling(config.rollout.max_new_tokens, config.rollout.temperature, seed=config.seed)
 
 
-def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool = True) -> ExperiencePasses:
+def passes(models: Models, config: Config, timer: PhaseTimer, old_logprobs: bool = True, ref_logprobs: bool = True) -> ExperiencePasses:
     """The scoring forwards."""
     temperature = config.rollout.temperature
-    reference, critic = models.reference, models.critic
+    reference, critic = models.reference if ref_logprobs else None, models.critic
     return ExperiencePasses(
         old_logprobs=(lambda batch: response_logprobs(models.actor.score, batch, temperature)[0]) if old_logprobs else None,
         ref_logprobs=(lambda batch: response_logprobs(reference, batch, temperature)[0]) if reference else None,
@@ -392,9 +395,7 @@ def describe_experience(experience: Experience, kl_coef: float) -> dict[str, flo
     """Metrics of a rollout batch, computed from all rows on every rank."""
     e, mask = experience, experience.mask
     valid = e.scores.valid
-    assert e.old_logprobs is not None
     lengths = e.rollout.response_lengths.float()
-    distance = (e.old_logprobs - e.rollout.rollout_logprobs)[mask].abs()
     metrics = {
         "critic/score/mean": _mean(e.scores.total[valid]),
         "critic/score/std": float(e.scores.total[valid].std()) if int(valid.sum()) > 1 else 0.0,
@@ -405,15 +406,16 @@ def describe_experience(experience: Experience, kl_coef: float) -> dict[str, flo
         "response_length/max": float(lengths.max()),
         "response_length/clip_ratio": float((~e.rollout.finished).float().mean()),
         "prompt_length/mean": float(e.rollout.prompt_lengths.float().mean()),
-        # How far the sampler's logprobs are from the training forward's: they are a behaviour policy, never the old policy (trap 9).
-        "rollout/logprob_diff_mean": _mean(distance),
-        "rollout/logprob_diff_max": float(distance.max()) if len(distance) else 0.0,
     }
+    if e.old_logprobs is not None:
+        # How far the sampler's logprobs are from the training forward's: they are a behaviour policy, never the old policy (trap 9).
+        distance = (e.old_logprobs - e.rollout.rollout_logprobs)[mask].abs()
+        metrics |= {"rollout/logprob_diff_mean": _mean(distance), "rollout/logprob_diff_max": float(distance.max()) if len(distance) else 0.0}
     for name, values in e.scores.components.items():
         metrics[f"reward/{name}/mean"] = _mean(values[values.isfinite()])
     for name, count in e.scores.failures.items():
         metrics[f"reward_failures/{name}"] = float(count)
-    if e.ref_logprobs is not None:
+    if e.old_logprobs is not None and e.ref_logprobs is not None:
         metrics["actor/kl"] = float(masked_mean(e.old_logprobs - e.ref_logprobs, mask))
         metrics["actor/kl_per_response"] = kl_per_response(e)
         metrics["actor/kl_coef"] = kl_coef
@@ -447,13 +449,11 @@ def learn(
     (collective)"""
     progress = progress or Progress()
     first_epoch = [micro_batch for minibatch in plan_epoch(config, step, 0, rollout, world) for micro_batch in minibatch.plan]
-    scorers = passes(models, config, timer, needs_old_logprobs(config, step))
+    scorers = passes(models, config, timer, needs_old_logprobs(config, step), needs_reference(config, step))
     experience = make_experience(rollout, scored, scorers, first_epoch, config.algorithm, kl_coef, world, progress)
     if isinstance(models.reference, FrozenEngine):
         models.reference.release()
     if problem := unusable(experience):
-        if experience.old_logprobs is None:
-            experience.old_logprobs = torch.zeros(experience.mask.shape)
         return experience, UpdateMetrics(world, problem)
     return experience, update_models(models, config, timer, experience, step, kl_coef, world, progress)
 
@@ -468,7 +468,7 @@ def update_models(
     world: World,
     progress: Progress | None = None,
 ) -> UpdateMetrics:
-    """Every optimizer step on an experience, which has old logprobs afterwards if it had none. (collective)"""
+    """Every optimizer step on an experience, which has old logprobs afterwards if it had none, and the actor has learnt. (collective)"""
     algorithm, rollout = config.algorithm, experience.rollout
     update, progress = UpdateMetrics(world), progress or Progress()
     progress.accumulate(update)
@@ -507,8 +507,6 @@ def update_models(
                     update.add(loss, counts["tokens"])
                 update.stepped("critic", models.critic.step())  # (collective)
             progress.end_turn()
-    if experience.old_logprobs is None:
-        experience.old_logprobs = gather_results([], len(rollout), experience.mask.shape[1], world)  # (collective)
     return update
 
 
@@ -519,11 +517,17 @@ class Minibatch:
 
 
 def plan_epoch(config: Config, step: int, epoch: int, rollout: Rollout, world: World) -> list[Minibatch]:
-    """The minibatches of one pass over the rollout batch; which rows meet does not depend on the number of ranks."""
+    """The minibatches of one pass over the rollout batch; which rows meet does not depend on the number of ranks. No forward has rows that cannot
+    train; a minibatch of such rows alone has none."""
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+    train, trains = config.train, may_train(rollout, config.algorithm).tolist()
+
+    def forwards(rows: list[int]) -> list[MicroBatchPlan]:
+        kept = [row for row in rows if trains[row]]
+        return plan_micro_batches(kept, lengths, train.micro_batch, world.size, world.rank, train.forward_tokens) if kept else []
+
     parts = split_minibatches(len(lengths), config.algorithm.minibatches, seed=(config.seed, step, epoch))
-    train = config.train
-    return [Minibatch(rows, plan_micro_batches(rows, lengths, train.micro_batch, world.size, world.rank, train.forward_tokens)) for rows in parts]
+    return [Minibatch(rows, forwards(rows)) for rows in parts]
 
 
 class Ahead:
@@ -678,11 +682,14 @@ class Accounting:
     def __call__(self, step: int, rollout: Rollout, actor_updates: int) -> dict[str, float]:
         p, n = rollout.prompt_lengths.numpy(), rollout.response_lengths.numpy()
         tokens, responses, ranks = int((p + n).sum()), int(n.sum()), self.world.size
-        epochs = self.config.algorithm.epochs
+        step_tokens, epochs = tokens // ranks, self.config.algorithm.epochs
         self.timer.add("gen", responses // ranks, rollout_flops(self.shape, rollout.draw.numpy(), p, n) / ranks)
+        kept = may_train(rollout, self.config.algorithm).numpy()
+        p, n = p[kept], n[kept]
+        tokens, responses = int((p + n).sum()), int(n.sum())
         if needs_old_logprobs(self.config, step):
             self.timer.add("old_log_prob", tokens // ranks, forward_flops(self.shape, p + n, responses) / ranks)
-        if self.models.reference:
+        if needs_reference(self.config, step):
             self.timer.add("ref", tokens // ranks, forward_flops(self.shape, p + n, responses) / ranks)
         lora = self.config.actor.lora is not None
         if actor_updates:
@@ -691,4 +698,4 @@ class Accounting:
             self.timer.add("values", tokens // ranks, forward_flops(self.scalar, p + n, tokens) / ranks)
             lora = self.config.critic.lora is not None
             self.timer.add("update_critic", epochs * tokens // ranks, epochs * update_flops(self.scalar, p + n, tokens, lora) / ranks)
-        return self.timer.metrics(self.peak, step_tokens=tokens // ranks, actor_memory_mb=self.meter.most_allocated_mb())
+        return self.timer.metrics(self.peak, step_tokens=step_tokens, actor_memory_mb=self.meter.most_allocated_mb())

@@ -722,10 +722,13 @@ def test_a_run_without_a_single_score_ends(models: Path, tmp_path: Path) -> None
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_trap_31_the_loop_leaves_the_actor_alone_during_warm_up(models: Path, tmp_path: Path) -> None:
-    """trap 31: three steps, two of them warm-up: the actor saved after the second is the loaded one, after the third it is not."""
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_trap_31_the_loop_leaves_the_actor_alone_during_warm_up(models: Path, tmp_path: Path, place: str) -> None:
+    """trap 31: three steps, two of them warm-up: the actor saved after the second is the loaded one, after the third it is not. Those two score actor
+    and reference for a penalty in the reward only."""
+    estimator = {"reward": "k1", "loss": "k3"}[place]
     sections = {
-        "algorithm": {"critic_warmup_steps": 2, "kl": {"coef": 0.1}},
+        "algorithm": {"critic_warmup_steps": 2, "kl": {"coef": 0.1, "place": place, "estimator": estimator}, "epochs": 2},
         "train": {"steps": 3, "micro_batch": 2},
         "checkpoint": {"every": 1, "keep_last": 3},
     }
@@ -740,7 +743,10 @@ def test_trap_31_the_loop_leaves_the_actor_alone_during_warm_up(models: Path, tm
     assert lines[0]["critic/values/mean"] == 0  # trap 15
     assert lines[0]["critic/vf_explained_var"] == pytest.approx(0, abs=1e-5)
     assert lines[1]["critic/values/mean"] != 0
-    assert [line["actor/kl"] for line in lines] == [0, 0, 0]  # trap 2
+    scored = [True, True, True] if place == "reward" else [False, False, True]
+    for metric in ("actor/kl", "rollout/logprob_diff_max", "timing_s/ref", "timing_s/old_log_prob"):
+        assert [metric in line for line in lines] == scored, metric
+    assert [line["actor/kl"] for line in lines if "actor/kl" in line] == [0] * sum(scored)  # trap 2
 
 
 # ---- schedules and groups
