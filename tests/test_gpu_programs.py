@@ -15,7 +15,7 @@ from rlhf.distributed import EXIT_AGAIN
 from scripts.chaos import make_random
 from tests.e2e.programs import EOS, SHARDED, make_model, metrics, reversal_rows, run, steps, write_jsonl, write_recipe
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SMALL_DEVICE = '''
 """A device of DEVICE_GIB: the rest of it is taken, unseen. At EXTRA_AT EXTRA_GIB more are gone that the plan does not know of."""
