@@ -207,18 +207,31 @@ def loading_context(settings: dict[str, Any], world: World, base: Mapping[str, n
 # Whole weights
 
 
-def full_tensors(layout: Sequence[WeightSource], group_bytes: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
+TOGETHER = 256 << 20  # bytes of weights from which on no more are brought together at a time
+
+
+def full_tensors(layout: Sequence[WeightSource], group_bytes: int = TOGETHER) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the plain model, whole, adapters merged, in layout order; each is only valid until the next. (collective)"""
-    group: list[WeightSource] = []
-    size = 0
-    for i, source in enumerate(layout):
-        group.append(source)
-        size += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in source.parameters)
-        if size >= group_bytes or i == len(layout) - 1:
-            with GatheredParameters([p for s in group for p in s.parameters if _shard(p) is not None]), torch.no_grad():
-                for member in group:
-                    yield member.name, member.merged()
-            group, size = [], 0
+    for group in _neighbours([sum(_bytes(p) for p in source.parameters) for source in layout], group_bytes):
+        members = layout[group.start : group.stop]
+        with GatheredParameters([p for s in members for p in s.parameters if _shard(p) is not None]), torch.no_grad():
+            for member in members:
+                yield member.name, member.merged()
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    """Of the whole."""
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+
+
+def _neighbours(sizes: Sequence[int], most: int) -> Iterator[range]:
+    """Ranges of indices, each the first to reach `most` bytes together."""
+    first, together = 0, 0
+    for i, size in enumerate(sizes):
+        together += size
+        if together >= most or i == len(sizes) - 1:
+            yield range(first, i + 1)
+            first, together = i + 1, 0
 
 
 def gather_into(layout: Sequence[WeightSource], weights: dict[str, Tensor], world: World, turn: int, copies: Copies) -> Tensor:
@@ -340,8 +353,8 @@ def _bring(
         else:
             padded.append(i)
     copies.finish(held)
-    for start in range(0, len(padded), 32):
-        part = padded[start : start + 32]
+    for group in _neighbours([_bytes(pairs[i][0]) for i in padded], TOGETHER):
+        part = padded[group.start : group.stop]
         with GatheredParameters([pairs[i][0] for i in part]):
             for i in part:
                 pairs[i][1].copy_(pairs[i][0].detach())

@@ -48,7 +48,7 @@ CONTEXT = 1.05 * GIB  # CUDA context, kernels, cuBLAS workspaces: 0.8 were seen 
 NCCL = 1.0 * GIB  # its buffers, once there are several ranks
 MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
 AROUND = ("gen", "testing", "hand_over", "save_checkpoint")  # phases whose memory does not depend on the budget of a forward
-EXPORTED = 256 << 20  # bytes of weights that are brought together at a time for an export (`engine.full_tensors`)
+EXPORTED = 256 << 20  # bytes of weights that are brought together at a time for an export (`engine.TOGETHER`)
 LIVE = 500_000_000  # elements that ZeRO-3 leaves gathered: half of stage3_max_reuse_distance, as the backward pass comes back over them
 PREFETCHED = 50_000_000  # and gathers ahead: stage3_prefetch_bucket_size
 
@@ -135,6 +135,7 @@ class Held:
     passes: bool  # gradients are there from the first backward pass to the step only
     step: float  # beside all that while weights are stepped, when activations are gone
     plain: float  # the whole model without adapters
+    uneven: float  # of it brought together at a time for the rollout, as ranks do not divide it (`engine._bring`)
     on_host: float  # pinned there (`offload`): weights, or master weights and moments
     trained: bool
     leaves: float  # what `offload` would put there; 0 where it is refused
@@ -190,6 +191,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     parts, plain = _has_mlps(module), float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n))
     own = longest if not config.train.packing and has_own_attention(module) else None
     known = (architecture.to_json_string(), size, scalar, repr(lora), role.compile and on_gpu, own)
+    uneven = [size * p.numel() for p in parameters if shares > 1 and p.numel() > threshold and p.numel() % ranks]
     held = Held(
         weights=weights,
         visiting=0.0,
@@ -202,6 +204,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
         passes=stage == 2 or (stage == 1 and size == 4),  # DeepSpeed has another optimizer for ZeRO-1 in bf16
         step=stepped,
         plain=plain,
+        uneven=float(min(sum(uneven), EXPORTED + max(uneven, default=0))),
         on_host=0.0,
         trained=trained,
         leaves=leaves,
@@ -451,7 +454,7 @@ def _plan_of(
     for name in ("actor", "critic"):
         if name in held:
             plan.phases[f"update_{name}"] = _present(always | after | update(name))
-    plan.phases["hand_over"] = _present(always | (own if releases(config) else cache))
+    plan.phases["hand_over"] = _present(always | (own if releases(config) else cache) | {"actor: gathered": actor.uneven})
     if config.validation.data:  # a rollout, and then the reward models beside its cache
         plan.phases["testing"] = max(plan.phases["gen"], _present(always | cache | judging), key=lambda items: sum(items.values()))
     plan.phases["save_checkpoint"] = _present(always | after | save("actor"))

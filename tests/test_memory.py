@@ -28,7 +28,7 @@ from rlhf import budget, memory
 from rlhf.batching import pack
 from rlhf.budget import choose, open_choices, read_budget, smaller, with_value, with_values, write_budget
 from rlhf.config import Config, LoraConfig, Recomputed, TrainedModelConfig, parse_config, role_settings
-from rlhf.engine import WholePlacement
+from rlhf.engine import WholePlacement, _neighbours
 from rlhf.memory import GIB, MemoryMeter, Plan, largest_forward, lends_weights, longest_row, plan_memory
 from rlhf.metrics.flops import model_shape
 from rlhf.models import packing
@@ -355,6 +355,14 @@ def test_what_the_rollout_lends_is_not_gathered(recipe: Any, stage: int, section
         several = {**single, "critic_warmup_steps": warmup, "minibatches": 2}
         assert "old_log_prob" not in planned(recipe(algorithm={**single, "critic_warmup_steps": warmup}, train={"steps": 5})).phases
         assert "old_log_prob" in planned(recipe(algorithm=several, train={"steps": 5})).phases
+
+
+def test_weights_that_ranks_do_not_divide_are_brought_together_apart(recipe: Any) -> None:
+    """No more at a time than the plan says."""
+    items = [planned(recipe(), ranks).phases["hand_over"].get("actor: gathered", 0.0) for ranks in (2, 3)]
+    uneven = 2 * (2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 50 * 32 + 32)  # bytes of all: no size has a multiple of 3
+    assert items == [0.0, float(uneven)]
+    assert [list(part) for part in _neighbours([3, 1, 2, 9, 1], 4)] == [[0, 1], [2, 3], [4]] and not list(_neighbours([], 4))
 
 
 def test_what_others_hold_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
