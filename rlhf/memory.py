@@ -500,6 +500,7 @@ class MemoryMeter:
     def __init__(self, on_gpu: bool, others: float = 0.0) -> None:
         self.measuring, self.others = on_gpu, others
         self.peaks: dict[str, float] = {}
+        self.taken: dict[str, float] = {}  # all that is taken of the device when a phase ends, whoever has it and whether it is used or not
         self._allocated = 0.0  # most so far; torch's own mark is set back for each phase
 
     def begin(self) -> None:
@@ -512,6 +513,7 @@ class MemoryMeter:
         free, total = torch.cuda.mem_get_info()
         allocated = float(torch.cuda.max_memory_allocated())
         self._allocated = max(self._allocated, allocated)
+        self.taken[phase] = max(self.taken.get(phase, 0.0), float(total - free))
         self.peaks[phase] = max(self.peaks.get(phase, 0.0), allocated + total - free - torch.cuda.memory_reserved() - self.others)
 
     def most_allocated_mb(self) -> float | None:

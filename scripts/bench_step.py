@@ -7,7 +7,8 @@
 Responses are forced to the workload's lengths (scripts/workloads.py), one optimizer step per rollout unless --minibatches are given. JSON lines from
 rank 0: figures of the bars, and a line for each phase and the whole step with the median seconds, tokens/s, MFU (model operations / seconds / 989e12;
 recomputation never counts, LoRA counts two passes), share of the bound, and with --profile the share of the time that the device was busy. Memory
-of the whole is the most that cudaMemGetInfo says is taken, of a phase what tensors and all but torch's allocator had (it keeps what it was given).
+of the whole (`peak_gb`) is the most that cudaMemGetInfo says is taken; of a phase `peak_gb` is what tensors and all but torch's allocator had at
+most, and `device_gb` what cudaMemGetInfo says at its end: torch's allocator keeps what earlier phases were given.
 """
 
 from __future__ import annotations
@@ -286,7 +287,7 @@ def run(args: argparse.Namespace, world: World) -> None:
     kept = records[args.warmup :]
     seconds = {name: statistics.median(r.get(name, 0.0) for r in kept) for name in kept[0]}
     if world.is_main:
-        report(args, world, seconds, lengths, before, prompts, peak, meter.peaks, busy)
+        report(args, world, seconds, lengths, before, prompts, peak, meter, busy)
 
 
 def report_profile(found: Any, step: float, rows: int, world: World) -> dict[str, float]:
@@ -330,7 +331,7 @@ def report(
     before: int,
     prompts: list[Prompt],
     peak: float,
-    peaks: dict[str, float],
+    meter: MemoryMeter,
     busy: dict[str, float],
 ) -> None:
     shape, ranks = SHAPES[args.shape], world.size
@@ -369,7 +370,9 @@ def report(
     for name, spent in seconds.items():
         if name == "after_gen" or (name == "gen" and args.only):
             continue
-        line = {"bench": "phase", "phase": name, "seconds": spent, "peak_gb": peak if name == "step" else peaks.get(name, 0.0) / 1e9}
+        line = {"bench": "phase", "phase": name, "seconds": spent, "peak_gb": peak if name == "step" else meter.peaks.get(name, 0.0) / 1e9}
+        if name in meter.taken:
+            line["device_gb"] = meter.taken[name] / 1e9
         if name in bounds:
             line |= {"tok_s_gpu": tokens / spent / ranks, "mfu": work[name] / spent / ranks / PEAK, "share_of_bound": bounds[name] / spent}
         elif name == "step" and not args.only:

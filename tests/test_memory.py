@@ -374,7 +374,7 @@ def test_what_others_hold_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = MemoryMeter(True, 3 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: GIB)
     meter.end("gen")
-    assert meter.peaks == {"gen": GIB + 7 * GIB - 2 * GIB - 3 * GIB}
+    assert meter.peaks == {"gen": GIB + 7 * GIB - 2 * GIB - 3 * GIB} and meter.taken == {"gen": 7 * GIB}
 
 
 def test_what_was_held_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
