@@ -203,7 +203,8 @@ def choose(
     try:
         held = {name: held_by(blank, name, resolved(name, role), ranks, longest) for name, role in roles}
     except Exception as error:  # a forecast that fails is no reason not to train
-        return without, _line(without, f"no plan of the memory: {error}")
+        careful = without | {key: True for key in keys if key.endswith("gradient_checkpointing")}
+        return careful, _line(careful, f"no plan of the memory: {error}")
     room, gib = capacity * (1 - MARGIN), f"{capacity / GIB:.1f} GiB less {MARGIN:.0%}"
 
     def values(choice: _Choice, tokens: int) -> dict[str, Value]:

@@ -97,9 +97,9 @@ def kept_bytes(module: Any, packed: bool, scalar: bool, checkpointing: Recompute
     """Bytes that a forward keeps for its backward pass, each storage once, parameters left out."""
     rows, width = len(LENGTHS), max(LENGTHS)
     tokens, size = sum(LENGTHS) if packed else rows * width, next(module.parameters()).element_size()
-    angles = 2 * tokens * module.config.head_dim * size  # what is computed again holds them besides
+    angles = 2 * tokens * getattr(module.config, "head_dim", 0) * size  # what is computed again holds them besides
     ids = torch.zeros(rows, width, dtype=torch.int64)
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     found: dict[int, int] = {}
     held: list[Tensor] = []  # or an address might be given to another
 
@@ -207,10 +207,13 @@ def test_activations_of_other_families(family: str, lora: bool, checkpointing: R
     assert predicted(family, torch.bfloat16, True, lora, checkpointing, scalar) == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "llama, dynamic", "gpt_neo"])
 def test_activations_of_attention_that_is_the_models_own(family: str) -> None:
     """Rows that are not packed: matrices of tokens by tokens, more than all the rest here."""
-    config = CONFIG_MAPPING[family](**_OTHERS)
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    local = {"num_layers": 3, "num_heads": 8, "attention_types": [[["global"], 3]], "attention_dropout": 0.0, "embed_dropout": 0.0}
+    more = {"llama, dynamic": dynamic, "gpt_neo": {**local, "resid_dropout": 0.0}}.get(family, {})
+    config = CONFIG_MAPPING[family.split(",")[0]](**{**_OTHERS, **more} if family != "gpt_neo" else {"hidden_size": 128, "vocab_size": 300, **more})
 
     def make() -> Any:
         return AutoModelForCausalLM.from_config(without_dropout(config), dtype=torch.bfloat16, attn_implementation="eager")
@@ -223,6 +226,28 @@ def test_activations_of_attention_that_is_the_models_own(family: str) -> None:
     found = kept_bytes(make().train(), False, False, False)
     planned = memory.Forward(shape, 2, tokens, tokens - len(LENGTHS), 300, kept, chunked=False).kept()
     assert planned == pytest.approx(found, rel=0.05) and kept.layer > 2 * 8 * max(LENGTHS)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "falcon_h1", "jamba"])
+def test_layers_that_are_no_attention_are_counted(family: str) -> None:
+    """Rows that are not packed again, and as the update calls the model: with a mask these would look into it."""
+    config = CONFIG_MAPPING[family](vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    kept = count_kept(module, False, 64 if has_own_attention(module) else None)
+    assert kept.layer > 4 * 128 * 2
+
+
+def test_without_a_plan_layers_are_computed_again(auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_counted", {})
+
+    def refused(*arguments: Any) -> Any:
+        raise RuntimeError("it reads values")
+
+    monkeypatch.setattr(memory, "count_kept", refused)
+    found, line = chosen(auto(**ALL), 80)
+    assert found.actor.recomputed is True and not on_host(found)
+    assert "no plan of the memory: actor: what its activations take cannot be counted (RuntimeError: it reads values)" in line
 
 
 # --------------------------------------------------------------------------------------------------------------------------

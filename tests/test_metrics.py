@@ -21,7 +21,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from rlhf.config import TrackingConfig, parse_config
 from rlhf.metrics import (
@@ -334,10 +334,11 @@ def test_model_shape() -> None:
     assert model_shape(GPT2Config(n_embd=8, n_layer=2, n_head=2)).block_params == 2 * (4 * 64 + 2 * 8 * 32)
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES_AND_OTHERS) - {"mixtral"}))
+@pytest.mark.parametrize("family", [*sorted(set(FAMILIES_AND_OTHERS) - {"mixtral"}), "nanochat", "persimmon", "jais2"])
 def test_model_operations_count_the_matrices_that_there_are(family: str) -> None:
     """Gated feed-forward blocks have three, others two: one too many says an MFU that is not reached."""
-    config = copy.deepcopy(FAMILIES_AND_OTHERS[family])
+    sizes = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 8}
+    config = copy.deepcopy(FAMILIES_AND_OTHERS[family]) if family in FAMILIES_AND_OTHERS else CONFIG_MAPPING[family](**sizes)
     foreign = {"gpt2": ("intermediate_size", "ffn_dim", "num_key_value_heads"), "gpt_neox": ("num_key_value_heads",), "opt": ("num_key_value_heads",)}
     for name in foreign.get(family, ()):  # sizes that the tests give to all, and this one has not
         delattr(config, name)

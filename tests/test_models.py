@@ -279,6 +279,20 @@ def test_every_family_is_read_and_written_as_transformers_does(family: str, tmp_
     assert torch.equal(logits(plain(ours)), logits(reference))
 
 
+@pytest.mark.parametrize(("name", "left"), [("gpt_neox", "gpt_neox.layers.0.attention."), ("gpt2", "transformer.h.0.attn.")])
+def test_masks_that_former_versions_wrote_are_passed_over(name: str, left: str, tmp_path: Path) -> None:
+    """They are in Pythia's files; anything else that no parameter takes is refused."""
+    AutoModelForCausalLM.from_config(FAMILIES_AND_OTHERS[name], dtype=torch.float32).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    masks = {f"{left}bias": torch.ones(1, 1, 4, 4), f"{left}masked_bias": torch.tensor(-1e9), f"{left}rotary_emb.inv_freq": torch.ones(2)}
+    save_file(tensors | masks, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(causal(tmp_path).eval()), logits(plain(tmp_path)))
+    scalar(tmp_path, "zero")
+    save_file(tensors | {f"{left}weight": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not used"):
+        causal(tmp_path)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_trap_33_export_loads_equal_and_still_tied(models: Path, tmp_path: Path, name: str) -> None:
     """trap 33: the tied weight is written once, logits are equal, the folder's own config (dropout too) is kept."""

@@ -16,25 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Feed-forward blocks of two matrices; every other family has the gated kind with three.
-_UNGATED = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "bloom",
-        "codegen",
-        "falcon",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-        "gptj",
-        "mpt",
-        "nemotron",
-        "opt",
-        "phi",
-        "starcoder2",
-    }
-)
+_UNGATED = {
+    "apertus", "arcee", "biogpt", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt",
+    "nanochat", "nemotron", "openai-gpt", "opt", "persimmon", "phi", "starcoder2", "xglm",
+}  # fmt: skip
 
 # Dense bf16 FLOP/s of the datasheets.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -8,6 +8,7 @@ out, and a log-sum-exp of each head.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlhf.models.checkpointing import decoder_layers, mlps, recompute
 from rlhf.models.compiling import compile_layers
 from rlhf.models.packing import pack_attention
+from rlhf.models.rotary import freeze
 
 TOKENS = 1024  # of the row that is tried: what does not grow with it is spread over so many
 COUNTED = "rlhf_counted"  # as `packing.NAME`: no mask function has this name
@@ -68,6 +70,7 @@ def count_kept(module: nn.Module, compiled: bool, own_attention: int | None = No
     """What a forward in training mode keeps. module: a causal LM or `ScalarModel` on the meta device, dropout at 0, adapters on; not to be used
     afterwards. compiled: as its layers will be, which takes seconds. own_attention: tokens of a row, where attention is the model's own, which may
     keep a matrix of them. Raises what a forward on the meta device does, for a model that reads values."""
+    freeze(module)  # or it looks at positions
     if own_attention is None:
         pack_attention(module, COUNTED)
     layers, parts, tokens = decoder_layers(module), _mlps(module), own_attention or TOKENS
@@ -97,11 +100,21 @@ def _mlps(module: nn.Module) -> list[nn.Module]:
 
 
 def _count(module: Any, tokens: int, layers: nn.ModuleList, parts: list[nn.Module]) -> Counter[str]:
+    """As `_called`: without a mask, as the program calls the model, or where that looks for padding in the ids, with one that says there is none."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "position_ids": torch.arange(tokens, device="meta")[None]}
+    try:
+        return _called(module, inputs, layers, parts)
+    except Exception:
+        return _called(module, {**inputs, "attention_mask": torch.ones_like(ids)}, layers, parts)
+
+
+def _called(module: Any, inputs: dict[str, Tensor], layers: nn.ModuleList, parts: list[nn.Module]) -> Counter[str]:
     """Bytes of a token by the place that keeps them first, those of layers in the mean: "mlp" (one of `parts`), else "layer", else "rest", or "head";
-    and "entering". Every storage once, parameters never, and what all layers are given (angles) as the rest's."""
+    and "entering". Every storage once, parameters and buffers never, and what all layers are given (angles) as the rest's."""
     found: Counter[str] = Counter()
     places, alive = ["rest"], []
-    seen = {p.untyped_storage()._cdata for p in module.parameters()}
+    seen = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
     given: set[int] = set()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -129,21 +142,18 @@ def _count(module: Any, tokens: int, layers: nn.ModuleList, parts: list[nn.Modul
     def leave(*_: Any) -> None:
         places.pop()
 
-    hooks = []
-    for place, modules in (("layer", layers), ("mlp", parts), ("head", [_head(module)])):
-        for part in modules:
-            hooks.append(part.register_forward_pre_hook(enter(place), with_kwargs=True))
-            if place != "head":  # what follows the head is not the model's
-                hooks.append(part.register_forward_hook(leave))
-    embedding = module.get_input_embeddings()
-    hooks.append(embedding.register_forward_hook(lambda _, __, out: out.requires_grad_()))  # under adapters, as behind a layer
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    inputs = {"input_ids": ids, "position_ids": torch.arange(tokens, device="meta")[None], "attention_mask": torch.ones_like(ids)}
+    tokens = inputs["input_ids"].numel()
     no_cache = {} if hasattr(module, "score") else {"use_cache": False}  # `ScalarModel` says so itself
-    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        module.train()(**inputs, **no_cache)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for place, modules in (("layer", layers), ("mlp", parts), ("head", [_head(module)])):
+            for part in modules:
+                hooks.callback(part.register_forward_pre_hook(enter(place), with_kwargs=True).remove)
+                if place != "head":  # what follows the head is not the model's
+                    hooks.callback(part.register_forward_hook(leave).remove)
+        embedding = module.get_input_embeddings()
+        hooks.callback(embedding.register_forward_hook(lambda _, __, out: out.requires_grad_()).remove)  # under adapters, as behind a layer
+        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            module.train()(**inputs, **no_cache)
     shares = dict.fromkeys(("layer", "mlp", "entering"), len(layers))
     return Counter({place: count / tokens / shares.get(place, 1) for place, count in found.items()})  # type: ignore[misc]
 

@@ -6,13 +6,23 @@ file and each rank keeps its own part. A position-weighted checksum of what arri
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf import files
 from rlhf.config import ModelConfig, role_dtype
@@ -187,11 +197,10 @@ def check_weights(module: nn.Module, path: Path, optional: tuple[str, ...] = ())
     used = {key for key in keys.values() if key}
     ignored = ("lm_head.", "score.", "embed_out.") if hasattr(module, "body_name") else ("score.",)
     tied = {k for k in aliases if k not in parameters}
-    left = [
-        k
-        for k in places
-        if k not in used and not k.startswith(ignored) and k not in tied and not k.endswith((".inv_freq", ".masked_bias", ".attn.bias"))
-    ]
+    # Masks and angles that former versions wrote (GPT-2, Pythia) are what transformers' models say they may find.
+    former = [r"\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$"]
+    former += [p for m in module.modules() if isinstance(m, PreTrainedModel) for p in m._keys_to_ignore_on_load_unexpected or ()]
+    left = [k for k in places if k not in used and not k.startswith(ignored) and k not in tied and not any(re.search(p, k) for p in former)]
     if missing == ["score.weight"] and not left:
         raise ValueError(f"{path}: no score.weight in it: a language model without the scalar head of a reward model (task: reward_model trains one)")
     if missing or left:
