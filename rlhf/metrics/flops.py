@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 # Feed-forward blocks of two matrices; every other family has the gated kind with three.
 _UNGATED = {
-    "apertus", "arcee", "biogpt", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt",
-    "nanochat", "nemotron", "openai-gpt", "opt", "persimmon", "phi", "starcoder2", "xglm",
+    "apertus", "arcee", "biogpt", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2",
+    "mpt", "nanochat", "nemotron", "openai-gpt", "opt", "persimmon", "phi", "starcoder2", "xglm",
 }  # fmt: skip
 
 # Dense bf16 FLOP/s of the datasheets.
