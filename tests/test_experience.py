@@ -14,7 +14,17 @@ from torch import Tensor
 from rlhf.batching import MicroBatchPlan, plan_micro_batches
 from rlhf.config import AlgorithmConfig, Config, RewardConfig
 from rlhf.distributed import World
-from rlhf.experience import ExperiencePasses, gather_rollout, kl_per_response, make_experience, scored_together, token_rewards, training_mask
+from rlhf.experience import (
+    ExperiencePasses,
+    gather_rollout,
+    kl_per_response,
+    make_experience,
+    needs_old_logprobs,
+    needs_reference,
+    scored_together,
+    token_rewards,
+    training_mask,
+)
 from rlhf.models.forward import response_logprobs, response_values
 from rlhf.rewards.compose import Rewards
 from rlhf.rewards.functions import FunctionReward
@@ -160,6 +170,22 @@ def test_trap_15_a_new_critic_says_zero_and_its_explained_variance_is_logged() -
     metrics = describe_experience(experience(make_scores([1.0, 2.0, 3.0, 4.0]), values=0.0), 0.0)
     assert metrics["critic/vf_explained_var"] == pytest.approx(0)
     assert metrics["critic/values/mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kl", "minibatches", "old", "reference"),  # by step, of which the first is a warm-up: whether it is asked for
+    [
+        ({"coef": 0.1, "place": "reward"}, 1, [True, True], [True, True]),
+        ({"coef": 0.1, "place": "loss", "estimator": "k2"}, 1, [False, False], [False, True]),
+        ({"coef": 0.1, "place": "loss", "estimator": "k2"}, 2, [False, True], [False, True]),
+        ({"coef": 0.0}, 2, [False, True], [False, False]),
+    ],
+)
+def test_passes_are_made_where_something_needs_them(tmp_path: Path, kl: Any, minibatches: int, old: list[bool], reference: list[bool]) -> None:
+    algorithm = {"kl": kl, "minibatches": minibatches, "critic_warmup_steps": 1}
+    config = rl_config(tmp_path, algorithm=algorithm, train={"steps": 3})
+    assert [needs_old_logprobs(config, step) for step in (1, 2)] == old
+    assert [needs_reference(config, step) for step in (1, 2)] == reference
 
 
 def test_rows_that_cannot_train_are_in_no_forward(tmp_path: Path) -> None:

@@ -722,7 +722,7 @@ def test_a_run_without_a_single_score_ends(models: Path, tmp_path: Path) -> None
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("place", ["reward", "loss"])
+@pytest.mark.parametrize("place", ["loss", pytest.param("reward", marks=pytest.mark.slow)])
 def test_trap_31_the_loop_leaves_the_actor_alone_during_warm_up(models: Path, tmp_path: Path, place: str) -> None:
     """trap 31: three steps, two of them warm-up: the actor saved after the second is the loaded one, after the third it is not. Those two score actor
     and reference for a penalty in the reward only."""

@@ -22,9 +22,10 @@ from scripts import bench_step
             ["--algorithm", "ppo", "--checkpointing", "--zero", "2", "--offload"],
             {"gen", "ref", "values", "update_actor", "update_critic", "hand_over"},
         ),
-        (
+        pytest.param(
             ["--lora", "4", "--no_reference", "--reward_ms", "1", "--checkpointing", "mlp", "--minibatches", "2"],
             {"gen", "reward", "old_log_prob", "update_actor", "hand_over"},
+            marks=pytest.mark.slow,
         ),
         pytest.param(["--compile", "--without", "packing"], {"gen", "ref", "update_actor", "hand_over"}, marks=pytest.mark.slow),
         pytest.param(
