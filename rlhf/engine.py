@@ -40,7 +40,7 @@ from rlhf import state
 from rlhf.config import TrainedModelConfig, bucket_size
 from rlhf.distributed import World
 from rlhf.models.loading import Placement, weighted_bits
-from rlhf.models.lora import WeightSource, kept_whole
+from rlhf.models.lora import TOGETHER, WeightSource, kept_whole
 from rlhf.offload import OffloadedStates, Parked
 from rlhf.rollout import HybridEngine
 
@@ -205,9 +205,6 @@ def loading_context(settings: dict[str, Any], world: World, base: Mapping[str, n
 
 # --------------------------------------------------------------------------------------------------------------------------
 # Whole weights
-
-
-TOGETHER = 256 << 20  # bytes of weights from which on no more are brought together at a time
 
 
 def full_tensors(layout: Sequence[WeightSource], group_bytes: int = TOGETHER) -> Iterator[tuple[str, Tensor]]:

@@ -30,12 +30,12 @@ from rlhf.config import (
 )
 from rlhf.experience import needs_old_logprobs, scored_together
 from rlhf.metrics.flops import ModelShape, model_shape
-from rlhf.models.activations import Kept, count_kept, has_own_attention
-from rlhf.models.checkpointing import decoder_layers, mlps
+from rlhf.models.activations import Kept, count_kept
+from rlhf.models.checkpointing import decoder_layers, known_mlps
 from rlhf.models.fused import fuse
 from rlhf.models.heads import ScalarModel
 from rlhf.models.loading import read_architecture, without_dropout
-from rlhf.models.lora import add_adapters, has_joined_mlps, kept_whole
+from rlhf.models.lora import TOGETHER, add_adapters, has_joined_mlps, kept_whole
 from rlhf.models.scoring_head import has_plain_head
 from rlhf.offload import PART, SLOTS
 from rlhf.ops.head import CHUNK_BYTES
@@ -48,7 +48,6 @@ CONTEXT = 1.05 * GIB  # CUDA context, kernels, cuBLAS workspaces: 0.8 were seen 
 NCCL = 1.0 * GIB  # its buffers, once there are several ranks
 MARGIN = 0.08  # of the device stays free: what is measured is mostly within a tenth of the plan, which leaves out the allocator's fragments
 AROUND = ("gen", "testing", "hand_over", "save_checkpoint")  # phases whose memory does not depend on the budget of a forward
-EXPORTED = 256 << 20  # bytes of weights that are brought together at a time for an export (`engine.TOGETHER`)
 LIVE = 500_000_000  # elements that ZeRO-3 leaves gathered: half of stage3_max_reuse_distance, as the backward pass comes back over them
 PREFETCHED = 50_000_000  # and gathers ahead: stage3_prefetch_bucket_size
 
@@ -188,9 +187,9 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
     stepped = max(4 * sharded, size * flushed + 4 * flushed / ranks) if stage >= 2 and learns else 0.0
     leaves = (master + moments if trained else weights - size * small) if can_offload(settings, role) else 0.0
     beside = size * 3.0 * shape.inner * (shape.hidden + 2 * lora.r) if lora and has_joined_mlps(module) else 0.0
-    parts, plain = _has_mlps(module), float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n))
-    own = longest if not config.train.packing and has_own_attention(module) else None
-    known = (architecture.to_json_string(), size, scalar, repr(lora), role.compile and on_gpu, own)
+    parts, plain = bool(known_mlps(module)), float(size * sum(p.numel() for n, p in module.named_parameters() if ".lora_" not in n))
+    row = None if config.train.packing else longest
+    known = (architecture.to_json_string(), size, scalar, repr(lora), role.attention, role.compile and on_gpu, row)
     uneven = [size * p.numel() for p in parameters if shares > 1 and p.numel() > threshold and p.numel() % ranks]
     held = Held(
         weights=weights,
@@ -204,7 +203,7 @@ def held_by(config: Config, name: str, role: ModelConfig, ranks: int, longest: i
         passes=stage == 2 or (stage == 1 and size == 4),  # DeepSpeed has another optimizer for ZeRO-1 in bf16
         step=stepped,
         plain=plain,
-        uneven=float(min(sum(uneven), EXPORTED + max(uneven, default=0))),
+        uneven=float(min(sum(uneven), TOGETHER + max(uneven, default=0))),
         on_host=0.0,
         trained=trained,
         leaves=leaves,
@@ -237,13 +236,6 @@ def _kept_by(module: nn.Module, name: str, known: tuple[Any, ...]) -> Kept:
         except Exception as error:
             raise ValueError(f"{name}: what its activations take cannot be counted ({type(error).__name__}: {error})") from error
     return _counted[known]
-
-
-def _has_mlps(module: nn.Module) -> bool:
-    try:
-        return bool(mlps(module, ""))
-    except ValueError:
-        return False
 
 
 def largest_forward(config: Config, longest: int) -> int:
@@ -393,7 +385,7 @@ def _plan_of(
         return {f"{name}: gathered": h.gathered, f"{name}: gradients": h.gradients, f"{name}: buckets": h.buckets, **peak}
 
     def save(name: str) -> dict[str, float]:
-        return {f"{name}: gathered": min(held[name].gathered, EXPORTED)} if config.checkpoint.save_hf else {}
+        return {f"{name}: gathered": min(held[name].gathered, TOGETHER)} if config.checkpoint.save_hf else {}
 
     if config.task != "rl":
         (name,) = held

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.models.checkpointing import decoder_layers, mlps, recompute
+from rlhf.models.checkpointing import decoder_layers, known_mlps, recompute
 from rlhf.models.compiling import compile_layers
 from rlhf.models.packing import pack_attention
 from rlhf.models.rotary import freeze
@@ -66,14 +66,14 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_:
 ALL_ATTENTION_FUNCTIONS.register(COUNTED, _attention)
 
 
-def count_kept(module: nn.Module, compiled: bool, own_attention: int | None = None) -> Kept:
+def count_kept(module: nn.Module, compiled: bool, row: int | None = None) -> Kept:
     """What a forward in training mode keeps. module: a causal LM or `ScalarModel` on the meta device, dropout at 0, adapters on; not to be used
-    afterwards. compiled: as its layers will be, which takes seconds. own_attention: tokens of a row, where attention is the model's own, which may
-    keep a matrix of them. Raises what a forward on the meta device does, for a model that reads values."""
+    afterwards. compiled: as its layers will be, which takes seconds. row: tokens of one, where they are not packed: a model's own attention may keep
+    a matrix of them, and recurrent layers pad them. Raises what a forward on the meta device does, for a model that reads values."""
     freeze(module)  # or it looks at positions
-    if own_attention is None:
+    if row is None or not _has_own_attention(module):
         pack_attention(module, COUNTED)
-    layers, parts, tokens = decoder_layers(module), _mlps(module), own_attention or TOKENS
+    layers, parts, tokens = decoder_layers(module), known_mlps(module), row or TOKENS
     if not compiled:
         found = _count(module, tokens, layers, parts)
         return Kept(found["layer"] + found["mlp"], found["mlp"], found["entering"], found["rest"])
@@ -86,17 +86,10 @@ def count_kept(module: nn.Module, compiled: bool, own_attention: int | None = No
     return Kept(found["layer"], mlp, 0.0, found["rest"])
 
 
-def has_own_attention(module: nn.Module) -> bool:
+def _has_own_attention(module: nn.Module) -> bool:
     """Whether attention, where rows are not packed, is the model's own code: outside of transformers' interface, or "eager"."""
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     return any(part.config._attn_implementation == "eager" or not part._can_set_attn_implementation() for part in models)
-
-
-def _mlps(module: nn.Module) -> list[nn.Module]:
-    try:
-        return mlps(module, "")
-    except ValueError:
-        return []
 
 
 def _count(module: Any, tokens: int, layers: nn.ModuleList, parts: list[nn.Module]) -> Counter[str]:

@@ -42,6 +42,14 @@ def mlps(module: nn.Module, key: str) -> list[nn.Module]:
     return found
 
 
+def known_mlps(module: nn.Module) -> list[nn.Module]:
+    """The same, none where a layer has none under those names."""
+    try:
+        return mlps(module, "")
+    except ValueError:
+        return []
+
+
 def recompute(module: Any, what: Recomputed, key: str) -> None:
     """From here on the backward pass computes this much of the model again. After adapters and fused kernels are in place, or compiled
     layers: their own forwards are where some versions of transformers look whether to checkpoint. ValueError as `mlps`."""

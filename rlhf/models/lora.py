@@ -30,6 +30,7 @@ from rlhf.models.heads import ScalarModel
 from rlhf.ops.fused import gated, gated_gradient, in_autocast, only_kept
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
+TOGETHER = 256 << 20  # bytes of whole weights from which on no more are brought together at a time (ZeRO-3)
 SCORE = "base_model.model.score.weight"  # a scalar head beside its adapters
 
 # peft asks transformers for an attribute by its old name: nothing that a user could mend.
