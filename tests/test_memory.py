@@ -227,7 +227,7 @@ def test_activations_of_attention_that_is_the_models_own(family: str) -> None:
     assert planned == pytest.approx(found, rel=0.05) and kept.layer > 2 * 8 * max(LENGTHS)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "jamba"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "falcon_h1", "jamba"])
 def test_layers_that_are_no_attention_are_counted(family: str) -> None:
     """Rows that are not packed again, and as the update calls the model: with a mask these would look into it. Some pad short rows by a multiple."""
     config = CONFIG_MAPPING[family](vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=4)

@@ -69,20 +69,21 @@ ALL_ATTENTION_FUNCTIONS.register(COUNTED, _attention)
 def count_kept(module: nn.Module, compiled: bool, row: int | None = None) -> Kept:
     """What a forward in training mode keeps. module: a causal LM or `ScalarModel` on the meta device, dropout at 0, adapters on; not to be used
     afterwards. compiled: as its layers will be, which takes seconds. row: tokens of one, where they are not packed: a model's own attention may keep
-    a matrix of them, and recurrent layers pad them. Raises what a forward on the meta device does, for a model that reads values."""
+    a matrix of them, and recurrent layers pad them, and copy for several. Raises what a forward on the meta device does,
+    for a model that reads values."""
     freeze(module)  # or it looks at positions
     if row is None or not _has_own_attention(module):
         pack_attention(module, COUNTED)
-    layers, parts, tokens = decoder_layers(module), known_mlps(module), row or TOKENS
+    layers, parts, shape = decoder_layers(module), known_mlps(module), (1, TOKENS) if row is None else (2, row)
     if not compiled:
-        found = _count(module, tokens, layers, parts)
+        found = _count(module, shape, layers, parts)
         return Kept(found["layer"] + found["mlp"], found["mlp"], found["entering"], found["rest"])
     compile_layers(module, apart=True)
-    found, mlp = _count(module, tokens, layers, []), 0.0
+    found, mlp = _count(module, shape, layers, []), 0.0
     if parts:
         recompute(module, "mlp", "")
         compile_layers(module, apart=True)
-        mlp = found["layer"] - _count(module, tokens, layers, [])["layer"]
+        mlp = found["layer"] - _count(module, shape, layers, [])["layer"]
     return Kept(found["layer"], mlp, 0.0, found["rest"])
 
 
@@ -92,10 +93,10 @@ def _has_own_attention(module: nn.Module) -> bool:
     return any(part.config._attn_implementation == "eager" or not part._can_set_attn_implementation() for part in models)
 
 
-def _count(module: Any, tokens: int, layers: nn.ModuleList, parts: list[nn.Module]) -> Counter[str]:
+def _count(module: Any, shape: tuple[int, int], layers: nn.ModuleList, parts: list[nn.Module]) -> Counter[str]:
     """As `_called`: without a mask, as the program calls the model, or where that looks for padding in the ids, with one that says there is none."""
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    inputs = {"input_ids": ids, "position_ids": torch.arange(tokens, device="meta")[None]}
+    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "position_ids": torch.arange(shape[1], device="meta").expand(shape)}
     try:
         return _called(module, inputs, layers, parts)
     except Exception:
